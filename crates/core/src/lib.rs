@@ -1,0 +1,1 @@
+//! The ops, their kernels, and the graph that plans and runs them.

@@ -1,0 +1,1 @@
+//! Configurations, blocks, checkpoint formats, tokenizers and states.

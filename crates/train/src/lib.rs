@@ -1,0 +1,1 @@
+//! Data, schedules, the trainer and its records.
