@@ -1,0 +1,221 @@
+//! Devices and their memory. A CPU now; CUDA will be a second variant, so nothing above needs to be generic.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::cpu::Cpu;
+use crate::dtype::Element;
+use crate::error::{Error, human_bytes};
+use crate::plan::Plan;
+
+/// Alignment of buffers in bytes: a page, so that large ones start on one.
+const BUFFER_ALIGNMENT: usize = 4096;
+
+/// Where graphs run.
+#[derive(Clone, Debug)]
+pub enum Device {
+    Cpu(Arc<Cpu>),
+}
+
+/// Memory on a device, zero at first. Contents are copied in and out; no reference to them is handed out, so plans
+/// may read and write them through a shared `&Buffer`. It can move to another thread but not be shared between two.
+#[derive(Debug)]
+pub struct Buffer {
+    ptr: NonNull<u8>,
+    bytes: usize,
+    not_sync: PhantomData<Cell<u8>>,
+}
+
+// SAFETY: the buffer owns its memory; nothing of it is tied to the thread that made it.
+unsafe impl Send for Buffer {}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: allocated by `Buffer::new` with this layout.
+            unsafe { dealloc(self.ptr.as_ptr(), layout(self.bytes)) }
+        }
+    }
+}
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes, BUFFER_ALIGNMENT).expect("sizes were checked when the buffer was made")
+}
+
+impl Buffer {
+    fn new(bytes: usize) -> Result<Buffer, Error> {
+        let ptr = if bytes == 0 {
+            NonNull::<u64>::dangling().cast()
+        } else {
+            let refused =
+                || Error::Memory { needed: human_bytes(bytes as u64), available: human_bytes(available_memory()) };
+            let layout = Layout::from_size_align(bytes, BUFFER_ALIGNMENT).map_err(|_| refused())?;
+            // SAFETY: the layout has a size above zero.
+            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?
+        };
+        Ok(Buffer { ptr, bytes, not_sync: PhantomData })
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The whole buffer as a binding.
+    pub fn slice(&self) -> Slice<'_> {
+        Slice { buffer: self, offset: 0 }
+    }
+
+    /// The buffer from byte `offset` on as a binding.
+    pub fn at(&self, offset: usize) -> Slice<'_> {
+        Slice { buffer: self, offset }
+    }
+
+    /// Copies elements in, starting at byte `offset`. Panics if they do not fit.
+    pub fn write<T: Element>(&self, offset: usize, values: &[T]) {
+        let bytes = size_of_val(values);
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
+        // SAFETY: the range lies inside the buffer, and nobody else reads or writes it now (the buffer is not Sync).
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), self.ptr.as_ptr().add(offset), bytes) }
+    }
+
+    /// Copies `out.len()` elements out, starting at byte `offset`. Panics if there are fewer.
+    pub fn read<T: Element>(&self, offset: usize, out: &mut [T]) {
+        let bytes = size_of_val(out);
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "read past the end of a buffer");
+        // SAFETY: the range lies inside the buffer, any bytes are a valid T, and nobody writes them now.
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr().add(offset), out.as_mut_ptr().cast(), bytes) }
+    }
+
+    /// `len` elements from byte `offset` on.
+    pub fn to_vec<T: Element>(&self, offset: usize, len: usize) -> Vec<T> {
+        let mut out = vec![T::default(); len];
+        self.read(offset, &mut out);
+        out
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&self) {
+        // SAFETY: the whole buffer is ours, and nobody else uses it now.
+        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.bytes) }
+    }
+
+    /// The bytes, for code that fills or packs them in place.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the buffer owns these bytes, and `&mut self` makes the borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.bytes) }
+    }
+}
+
+/// A place in a buffer, bound to an external tensor of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Slice<'a> {
+    pub buffer: &'a Buffer,
+    /// Bytes from the buffer's start.
+    pub offset: usize,
+}
+
+impl Device {
+    /// The CPU with this many threads (`None`: all cores), at the instruction set that `HOGNOSE_ISA` names or the best.
+    pub fn cpu(threads: Option<usize>) -> Result<Device, Error> {
+        Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
+    }
+
+    /// Zeroed memory on the device.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
+        match self {
+            Device::Cpu(_) => Buffer::new(bytes),
+        }
+    }
+
+    /// Bytes of memory that are free now.
+    pub fn available_memory(&self) -> u64 {
+        match self {
+            Device::Cpu(_) => available_memory(),
+        }
+    }
+
+    /// Places the tensors of a graph for this device.
+    pub fn plan(&self, graph: crate::Graph) -> Result<Plan, Error> {
+        match self {
+            Device::Cpu(cpu) => Plan::new(graph, cpu),
+        }
+    }
+
+    /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
+    pub fn arena(&self, plan: &Plan) -> Result<Buffer, Error> {
+        let needed = plan.arena_bytes() as u64;
+        let available = self.available_memory();
+        if needed > available {
+            return Err(Error::Memory { needed: human_bytes(needed), available: human_bytes(available) });
+        }
+        self.alloc(plan.arena_bytes())
+    }
+
+    /// Runs a plan: `bindings[i]` is the memory of external `i`.
+    pub fn run(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
+        self.run_observed(plan, arena, bindings, None)
+    }
+
+    /// As [`Device::run`], telling `observe` each op's name and seconds.
+    pub fn run_observed(
+        &self,
+        plan: &Plan,
+        arena: &Buffer,
+        bindings: &[Slice<'_>],
+        observe: Option<&mut dyn FnMut(&'static str, f64)>,
+    ) -> Result<(), Error> {
+        let Device::Cpu(cpu) = self;
+        let externals = check_bindings(plan, arena, bindings)?;
+        // SAFETY: `check_bindings` has seen that every external fits its memory, that none overlaps another and that
+        // the arena is large enough; buffers are not Sync, so no other thread touches them meanwhile.
+        unsafe { plan.run_cpu(cpu, arena.ptr.as_ptr(), &externals, observe) };
+        Ok(())
+    }
+}
+
+/// Addresses of the bound externals, after checking sizes and overlaps.
+fn check_bindings(plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<Vec<*mut u8>, Error> {
+    let externals = plan.graph().externals();
+    if externals.len() != bindings.len() {
+        return Err(Error::Plan(format!("{} externals, but {} bindings", externals.len(), bindings.len())));
+    }
+    if arena.bytes < plan.arena_bytes() {
+        return Err(Error::Plan(format!("the arena has {} bytes of {}", arena.bytes, plan.arena_bytes())));
+    }
+    let mut ranges = Vec::with_capacity(bindings.len() + 1);
+    ranges.push((arena.ptr.as_ptr() as usize, arena.bytes, "the arena"));
+    for (external, slice) in externals.iter().zip(bindings) {
+        let bytes = plan.external_bytes(external.tensor);
+        if slice.offset.checked_add(bytes).is_none_or(|end| end > slice.buffer.bytes) || slice.offset % 4 != 0 {
+            let message = format!(
+                "needs {bytes} bytes from byte {} of a buffer of {} bytes, aligned to 4",
+                slice.offset, slice.buffer.bytes
+            );
+            return Err(Error::Binding { name: external.name.clone(), message });
+        }
+        if bytes > 0 {
+            ranges.push((slice.buffer.ptr.as_ptr() as usize + slice.offset, bytes, external.name.as_str()));
+        }
+    }
+    ranges.sort_unstable();
+    for pair in ranges.windows(2) {
+        if pair[0].0 + pair[0].1 > pair[1].0 {
+            let message = format!("overlaps the memory of {}", pair[0].2);
+            return Err(Error::Binding { name: pair[1].2.to_string(), message });
+        }
+    }
+    Ok(bindings.iter().map(|s| s.buffer.ptr.as_ptr().wrapping_add(s.offset)).collect())
+}
+
+/// Memory that new allocations can use without swapping: `MemAvailable` on Linux, elsewhere no limit is known.
+fn available_memory() -> u64 {
+    let known = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    known.map_or(u64::MAX, |kib| kib * 1024)
+}

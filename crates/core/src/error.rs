@@ -1,0 +1,38 @@
+//! What can go wrong while recording, planning or running a graph.
+
+use crate::dtype::DType;
+
+/// An error of the core: a sentence that says what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{op}: {what} must be {expected}, but is {found}")]
+    Shape { op: &'static str, what: &'static str, expected: String, found: String },
+    #[error("{op}: {what} must hold {expected}, but holds {found}")]
+    Type { op: &'static str, what: &'static str, expected: DType, found: DType },
+    #[error("{op}: {message}")]
+    Unsupported { op: &'static str, message: String },
+    #[error("pack: {0}")]
+    Pack(String),
+    #[error("plan: {0}")]
+    Plan(String),
+    #[error("binding of {name}: {message}")]
+    Binding { name: String, message: String },
+    #[error(
+        "not enough memory: {needed} are needed, {available} are available; a shorter --length, a smaller --batch or more recomputation lowers the need"
+    )]
+    Memory { needed: String, available: String },
+    #[error(transparent)]
+    Isa(#[from] crate::cpu::isa::IsaError),
+}
+
+/// Bytes as a person reads them: `1.5 GiB`.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}

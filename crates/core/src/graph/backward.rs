@@ -1,0 +1,171 @@
+//! The backward transformation: gradients as further ops of the same graph (reverse-mode differentiation).
+
+use std::collections::{HashMap, HashSet};
+
+use super::{Graph, Node, Place, TensorId};
+use crate::error::Error;
+use crate::ops::elementwise;
+
+/// How much of the forward pass is written again in the backward pass instead of being kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Keep every activation that a gradient needs: fastest, most memory.
+    #[default]
+    Nothing,
+    /// Recompute the first `n` regions (layers) from their inputs; the last ones are used again soonest.
+    Regions(usize),
+    /// Recompute every region.
+    All,
+}
+
+impl Graph {
+    /// Appends the ops that compute the gradients of `Σ seed · value` over the `seeds` (value, gradient) with respect
+    /// to the tensors `wrt`. `None` where nothing flows back to a tensor.
+    ///
+    /// With [`Recompute`], a region's forward ops are appended again before its gradients, so its intermediate tensors
+    /// need not live through the rest of the forward and backward pass.
+    pub fn backward(
+        &mut self,
+        seeds: &[(TensorId, TensorId)],
+        wrt: &[TensorId],
+        recompute: Recompute,
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        self.end_region();
+        let needs = self.needs_gradient(wrt);
+        let mut gradients: HashMap<TensorId, TensorId> = HashMap::new();
+        for &(value, seed) in seeds {
+            self.accumulate(&mut gradients, value, seed)?;
+        }
+        let regions = match recompute {
+            Recompute::Nothing => Vec::new(),
+            Recompute::Regions(n) => self.regions[..n.min(self.regions.len())].to_vec(),
+            Recompute::All => self.regions.clone(),
+        };
+        let mut end = self.nodes.len();
+        while end > 0 {
+            let region = regions.iter().find(|r| r.end == end && !r.is_empty());
+            let start = region.map_or(end - 1, |r| r.start);
+            // The nodes to differentiate: the recorded ones, or copies of them appended now.
+            let nodes = match region {
+                Some(r) if self.nodes[r.clone()].iter().any(|n| has_gradient(n, &gradients)) => {
+                    self.repeat(r.clone(), &mut gradients)
+                }
+                _ => self.nodes[start..end].iter().map(|n| (n.clone(), n.clone())).collect(),
+            };
+            for (original, node) in nodes.iter().rev() {
+                if has_gradient(node, &gradients) {
+                    self.differentiate(original, node, &needs, &mut gradients)?;
+                }
+            }
+            end = start;
+        }
+        Ok(wrt.iter().map(|t| gradients.get(t).copied()).collect())
+    }
+
+    /// The tensors through which a gradient can flow to one of `wrt`.
+    fn needs_gradient(&self, wrt: &[TensorId]) -> HashSet<TensorId> {
+        let mut needs: HashSet<TensorId> = wrt.iter().copied().collect();
+        for node in &self.nodes {
+            if node.inputs.iter().flatten().any(|t| needs.contains(t)) {
+                needs.extend(node.outputs.iter().flatten());
+            }
+        }
+        needs
+    }
+
+    fn differentiate(
+        &mut self,
+        original: &Node,
+        node: &Node,
+        needs: &HashSet<TensorId>,
+        gradients: &mut HashMap<TensorId, TensorId>,
+    ) -> Result<(), Error> {
+        let wanted: Vec<bool> = original.inputs.iter().map(|t| t.is_some_and(|t| needs.contains(&t))).collect();
+        if !wanted.contains(&true) {
+            return Ok(());
+        }
+        let d_outputs: Vec<_> = node.outputs.iter().map(|t| t.and_then(|t| gradients.get(&t).copied())).collect();
+        let d_inputs = node.op.backward(self, node, &d_outputs, &wanted)?;
+        for ((input, gradient), wanted) in node.inputs.iter().zip(d_inputs).zip(wanted) {
+            if let (Some(input), Some(gradient), true) = (input, gradient, wanted) {
+                self.accumulate(gradients, *input, gradient)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn accumulate(
+        &mut self,
+        gradients: &mut HashMap<TensorId, TensorId>,
+        of: TensorId,
+        gradient: TensorId,
+    ) -> Result<(), Error> {
+        let sum = match gradients.get(&of) {
+            Some(&sum) => elementwise::add(self, sum, gradient)?,
+            None => gradient,
+        };
+        gradients.insert(of, sum);
+        Ok(())
+    }
+
+    /// Appends a copy of the nodes of a region that makes new tensors from the region's inputs. Gradients known so far
+    /// for the region's tensors move to their copies. Returns (original, copy) of each node.
+    fn repeat(
+        &mut self,
+        region: std::ops::Range<usize>,
+        gradients: &mut HashMap<TensorId, TensorId>,
+    ) -> Vec<(Node, Node)> {
+        let inside: HashSet<TensorId> =
+            self.nodes[region.clone()].iter().flat_map(|n| n.outputs.iter().flatten().copied()).collect();
+        let mut copies: HashMap<TensorId, TensorId> = HashMap::new();
+        let mut nodes = Vec::with_capacity(region.len());
+        for i in region {
+            let original = self.nodes[i].clone();
+            let mut copy = original.clone();
+            for input in copy.inputs.iter_mut().flatten() {
+                *input = copies.get(input).copied().unwrap_or(*input);
+            }
+            for output in copy.outputs.iter_mut().flatten() {
+                *output = self.copy_tensor(*output, original.op.is_placement(), &inside, &mut copies);
+            }
+            self.nodes.push(copy.clone());
+            nodes.push((original, copy));
+        }
+        for (original, copy) in &copies {
+            if let Some(gradient) = gradients.remove(original) {
+                gradients.insert(*copy, gradient);
+            }
+        }
+        nodes
+    }
+
+    /// A tensor like `t` for the repeated op that makes it again. Columns of a tensor of the region become columns of
+    /// that tensor's copy, a split of a tensor from outside stays one, and a value that was stored somewhere outside
+    /// goes to the arena instead.
+    fn copy_tensor(
+        &mut self,
+        t: TensorId,
+        is_split: bool,
+        inside: &HashSet<TensorId>,
+        copies: &mut HashMap<TensorId, TensorId>,
+    ) -> TensorId {
+        if let Some(&copy) = copies.get(&t) {
+            return copy;
+        }
+        let mut tensor = self.tensor(t).clone();
+        tensor.place = match tensor.place {
+            Place::View { of, col } if inside.contains(&of) => {
+                Place::View { of: self.copy_tensor(of, is_split, inside, copies), col }
+            }
+            view @ Place::View { .. } if is_split => view,
+            _ => Place::Arena,
+        };
+        let copy = self.add_tensor(tensor);
+        copies.insert(t, copy);
+        copy
+    }
+}
+
+fn has_gradient(node: &Node, gradients: &HashMap<TensorId, TensorId>) -> bool {
+    node.outputs.iter().flatten().any(|t| gradients.contains_key(t))
+}

@@ -1,0 +1,270 @@
+//! Helpers for the tests of ops: build a graph from values, run it at every instruction set, compare with oracle
+//! files and finite differences.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::cpu::Cpu;
+use crate::cpu::isa::Isa;
+use crate::cpu::pool::Pool;
+use crate::dtype::DType;
+use crate::graph::Recompute;
+use crate::{Device, Graph, Slice, TensorId, rng};
+
+/// A matrix of test values; token ids and offsets are held as f64, too.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Value {
+    pub rows: usize,
+    pub cols: usize,
+    pub data: Vec<f64>,
+    pub dtype: DType,
+}
+
+impl Value {
+    pub fn new(rows: usize, cols: usize, data: Vec<f64>) -> Value {
+        assert_eq!(data.len(), rows * cols);
+        Value { rows, cols, data, dtype: DType::F32 }
+    }
+
+    /// Numbers that f32 holds exactly, roughly normal, from a seed.
+    pub fn random(rows: usize, cols: usize, seed: u32) -> Value {
+        let draw = |i: u64| f64::from(rng::uniform(seed, i)) - 0.5;
+        let normal = |i: u64| ((0..4).map(|k| draw(4 * i + k)).sum::<f64>() * 1.7) as f32;
+        Value::new(rows, cols, (0..(rows * cols) as u64).map(|i| f64::from(normal(i))).collect())
+    }
+
+    /// Numbers in [lo, hi) that f32 holds exactly.
+    pub fn uniform(rows: usize, cols: usize, lo: f32, hi: f32, seed: u32) -> Value {
+        let draw = |i| f64::from(rng::uniform(seed, i) * (hi - lo) + lo);
+        Value::new(rows, cols, (0..(rows * cols) as u64).map(draw).collect())
+    }
+
+    pub fn ints(values: &[i32]) -> Value {
+        let data = values.iter().map(|&v| f64::from(v)).collect();
+        Value { dtype: DType::I32, ..Value::new(1, values.len(), data) }
+    }
+
+    pub fn at(&self, row: usize, col: usize) -> f64 {
+        self.data[row * self.cols + col]
+    }
+
+    /// max|self − other| / max|self|: the measure of the oracle files; a NaN counts as infinite.
+    pub fn error(&self, other: &Value) -> f64 {
+        assert_eq!((self.rows, self.cols), (other.rows, other.cols), "shapes differ");
+        let top = self.data.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        let diff = |(a, b): (&f64, &f64)| if (a - b).is_nan() { f64::INFINITY } else { (a - b).abs() };
+        let worst = self.data.iter().zip(&other.data).map(diff).fold(0.0, f64::max);
+        worst / if top == 0.0 { 1.0 } else { top }
+    }
+}
+
+/// A graph with values for its inputs.
+#[derive(Default)]
+pub struct Case {
+    pub graph: Graph,
+    values: Vec<(TensorId, Value)>,
+    outputs: Vec<(String, TensorId)>,
+}
+
+impl Case {
+    pub fn new() -> Case {
+        Case::default()
+    }
+
+    pub fn input(&mut self, name: &str, value: &Value) -> TensorId {
+        let t = self.graph.external(name, value.dtype, value.rows, value.cols);
+        self.values.push((t, value.clone()));
+        t
+    }
+
+    pub fn output(&mut self, name: &str, t: TensorId) {
+        let dest = self.graph.output(name, t).unwrap();
+        self.outputs.push((name.to_string(), dest));
+    }
+
+    /// Runs at the best instruction set with two threads.
+    pub fn run(&self) -> BTreeMap<String, Value> {
+        self.run_on(Isa::detect(), 2)
+    }
+
+    /// Runs at every instruction set of the machine and passes each result to `check`.
+    pub fn run_everywhere(&self, mut check: impl FnMut(Isa, &BTreeMap<String, Value>)) {
+        for isa in Isa::available() {
+            let out = self.run_on(isa, 2);
+            assert_eq!(out, self.run_on(isa, 1), "{isa}: the number of threads changes bits");
+            check(isa, &out);
+        }
+    }
+
+    pub fn run_on(&self, isa: Isa, threads: usize) -> BTreeMap<String, Value> {
+        let device = Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa }));
+        let plan = device.plan(self.graph.clone()).unwrap();
+        // Garbage in the arena shows kernels that read what they did not write.
+        let mut arena = device.alloc(plan.arena_bytes()).unwrap();
+        arena.bytes_mut().fill(0xFF);
+        let buffers: Vec<_> = plan
+            .graph()
+            .externals()
+            .iter()
+            .map(|e| {
+                let buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
+                if let Some((_, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
+                    match value.dtype {
+                        DType::F32 => buffer.write(0, &value.data.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+                        DType::I32 => buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>()),
+                        DType::BF16 => {
+                            buffer.write(0, &value.data.iter().map(|&v| half::bf16::from_f64(v)).collect::<Vec<_>>())
+                        }
+                    }
+                }
+                buffer
+            })
+            .collect();
+        let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
+        device.run(&plan, &arena, &bindings).unwrap();
+        let mut out = BTreeMap::new();
+        for (name, t) in &self.outputs {
+            let i = plan.graph().externals().iter().position(|e| e.tensor == *t).unwrap();
+            let tensor = plan.graph().tensor(*t);
+            let data = match tensor.dtype {
+                DType::I32 => buffers[i].to_vec::<i32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect(),
+                _ => buffers[i].to_vec::<f32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect(),
+            };
+            out.insert(name.clone(), Value { dtype: tensor.dtype, ..Value::new(tensor.rows, tensor.cols, data) });
+        }
+        out
+    }
+}
+
+/// Gradient of Σ seed·output with respect to each input by central differences of a reference in f64.
+///
+/// `reference` maps input values to output values. Steps scale with the input.
+pub fn finite_differences(
+    inputs: &[Value],
+    seeds: &[Value],
+    reference: impl Fn(&[Value]) -> Vec<Value>,
+) -> Vec<Value> {
+    let objective = |inputs: &[Value]| -> f64 {
+        let dot = |a: &Value, b: &Value| a.data.iter().zip(&b.data).map(|(x, y)| x * y).sum::<f64>();
+        reference(inputs).iter().zip(seeds).map(|(o, s)| dot(o, s)).sum()
+    };
+    let mut gradients = Vec::new();
+    for i in 0..inputs.len() {
+        let mut gradient = Value { dtype: DType::F32, ..inputs[i].clone() };
+        if inputs[i].dtype == DType::I32 {
+            gradient.data.fill(0.0);
+            gradients.push(gradient);
+            continue;
+        }
+        let mut shifted = inputs.to_vec();
+        for e in 0..inputs[i].data.len() {
+            let x = inputs[i].data[e];
+            let step = 1e-5 * x.abs().max(1.0);
+            shifted[i].data[e] = x + step;
+            let up = objective(&shifted);
+            shifted[i].data[e] = x - step;
+            let down = objective(&shifted);
+            shifted[i].data[e] = x;
+            gradient.data[e] = (up - down) / (2.0 * step);
+        }
+        gradients.push(gradient);
+    }
+    gradients
+}
+
+/// What an op's test compares: outputs and gradients of a graph against a reference in f64.
+///
+/// `build` appends the op for the given inputs and returns its outputs; `reference` computes them in f64. Checks at
+/// every instruction set the outputs within `bound` and the gradients of all inputs named in `differentiable` within
+/// `gradient_bound`, both as max|difference| / max|expected|.
+pub fn check_op(
+    inputs: &[(&str, Value)],
+    differentiable: &[&str],
+    build: impl Fn(&mut Graph, &[TensorId]) -> Vec<TensorId>,
+    reference: impl Fn(&[Value]) -> Vec<Value>,
+    (bound, gradient_bound): (f64, f64),
+) {
+    let values: Vec<Value> = inputs.iter().map(|(_, v)| v.clone()).collect();
+    let expected = reference(&values);
+    let seeds: Vec<Value> =
+        expected.iter().enumerate().map(|(i, o)| Value::random(o.rows, o.cols, 1000 + i as u32)).collect();
+    let expected_gradients =
+        if differentiable.is_empty() { Vec::new() } else { finite_differences(&values, &seeds, &reference) };
+
+    let mut case = Case::new();
+    let ids: Vec<TensorId> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
+    let outputs = build(&mut case.graph, &ids);
+    assert_eq!(outputs.len(), expected.len());
+    if !differentiable.is_empty() {
+        let seed_ids: Vec<TensorId> = seeds.iter().map(|s| case.input("seed", s)).collect();
+        let pairs: Vec<_> = outputs.iter().copied().zip(seed_ids).collect();
+        let wrt: Vec<_> = differentiable
+            .iter()
+            .map(|name| ids[inputs.iter().position(|(n, _)| n == name).expect("a named input")])
+            .collect();
+        let gradients = case.graph.backward(&pairs, &wrt, Recompute::Nothing).unwrap();
+        for (name, gradient) in differentiable.iter().zip(gradients) {
+            case.output(&format!("grad.{name}"), gradient.unwrap_or_else(|| panic!("no gradient of {name}")));
+        }
+    }
+    for (i, &t) in outputs.iter().enumerate() {
+        case.output(&format!("out.{i}"), t);
+    }
+    case.run_everywhere(|isa, out| {
+        for (i, expected) in expected.iter().enumerate() {
+            let error = expected.error(&out[&format!("out.{i}")]);
+            assert!(error <= bound, "{isa}: output {i} is off by {error:.2e} > {bound:.0e}");
+        }
+        for name in differentiable {
+            let i = inputs.iter().position(|(n, _)| n == name).unwrap();
+            let error = expected_gradients[i].error(&out[&format!("grad.{name}")]);
+            assert!(error <= gradient_bound, "{isa}: gradient of {name} is off by {error:.2e} > {gradient_bound:.0e}");
+        }
+    });
+}
+
+/// A tensor of an oracle file with its original shape.
+pub struct OracleTensor {
+    pub shape: Vec<usize>,
+    pub data: Vec<f64>,
+}
+
+/// The tensors of an oracle file in tests/data/oracles/ops at the root of the workspace.
+pub fn oracle(name: &str) -> BTreeMap<String, OracleTensor> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/oracles/ops").join(format!("{name}.safetensors"));
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            assert_eq!(view.dtype(), safetensors::Dtype::F32);
+            let data = view.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect();
+            (name, OracleTensor { shape: view.shape().to_vec(), data })
+        })
+        .collect()
+}
+
+impl OracleTensor {
+    /// Reorders the axes, then flattens to `[rows, cols]`, where the last `col_axes` of the new axes are columns.
+    pub fn permute(&self, axes: &[usize], col_axes: usize) -> Value {
+        assert_eq!(axes.len(), self.shape.len());
+        let shape: Vec<usize> = axes.iter().map(|&a| self.shape[a]).collect();
+        let strides: Vec<usize> =
+            axes.iter().map(|&a| self.shape[a + 1..].iter().product::<usize>()).collect();
+        let mut data = Vec::with_capacity(self.data.len());
+        let mut index = vec![0usize; shape.len()];
+        for _ in 0..self.data.len() {
+            data.push(self.data[index.iter().zip(&strides).map(|(i, s)| i * s).sum::<usize>()]);
+            for axis in (0..shape.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < shape[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+        }
+        let cols: usize = shape[shape.len() - col_axes..].iter().product();
+        Value::new(data.len() / cols.max(1), cols, data)
+    }
+}
