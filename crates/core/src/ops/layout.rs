@@ -161,9 +161,7 @@ impl Op for Copy {
             for r in rows {
                 // SAFETY: both rows hold `bytes` bytes; this task alone writes row r, and the two do not overlap.
                 unsafe {
-                    let from = from.ptr.add(r * from.stride * from.dtype.size());
-                    let to = to.ptr.add(r * to.stride * to.dtype.size());
-                    std::ptr::copy_nonoverlapping(from, to, bytes);
+                    std::ptr::copy_nonoverlapping(from.rows(r, 1).ptr, to.rows(r, 1).ptr, bytes);
                 }
             }
         });
