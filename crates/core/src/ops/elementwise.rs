@@ -385,6 +385,15 @@ impl Partials {
         // SAFETY: the caller keeps the row to itself.
         unsafe { self.mat.row_mut(r) }
     }
+
+    /// Row `r`, for several tasks to read.
+    ///
+    /// # Safety
+    /// Nobody may write the row meanwhile.
+    pub unsafe fn row<'a>(&self, r: usize) -> &'a [f32] {
+        // SAFETY: the caller vouches that nobody writes the row.
+        unsafe { self.mat.row(r) }
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 
 pub mod elementwise;
 pub mod layout;
+pub mod norm;
+mod vectors;
 
 #[cfg(test)]
 pub(crate) mod testing;
