@@ -228,6 +228,16 @@ impl Graph {
         self.add_tensor(Tensor { rows, cols, dtype, layout, place: Place::View { of, col } })
     }
 
+    /// A tensor for the new value of the external `t`, stored over the old one: the output of an op that updates it in
+    /// place and reads the old value as an input. The plan refuses a graph in which a later op still reads the old value.
+    pub fn in_place(&mut self, t: TensorId) -> Result<TensorId, Error> {
+        if !matches!(self.tensor(t).place, Place::External(_)) {
+            let message = "only external tensors can be updated in place".into();
+            return Err(Error::Unsupported { op: "in_place", message });
+        }
+        Ok(self.view(t, 0, self.cols(t)))
+    }
+
     /// Stores `t` in columns `col ..` of `dest` without a copy, if the tensor's storage is still free to choose.
     ///
     /// It is free if an op produces it into the arena and it was not placed before. Returns whether it was placed.
