@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use hognose_core::cpu::gemm::PackedMatrix;
 use hognose_core::graph::Layout;
 use hognose_core::{Buffer, DType, Device, Slice};
 
@@ -70,11 +69,7 @@ impl Weights {
         for spec in config.parameters() {
             let (dtype, layout) = form.of(&spec, config);
             let (rows, cols) = matrix_shape(&spec.shape);
-            let elements = match layout {
-                Layout::Rows => rows * cols,
-                Layout::Panels => device.packed_len(rows, cols),
-            };
-            let bytes = (elements * dtype.size()).next_multiple_of(ALIGNMENT);
+            let bytes = device.matrix_bytes(dtype, layout, rows, cols).next_multiple_of(ALIGNMENT);
             entries.insert(spec.name.clone(), Entry { spec, offset, dtype, layout });
             offset += bytes;
         }
@@ -104,22 +99,12 @@ impl Weights {
         values.iter().step_by(stride).for_each(|v| {
             self.hasher.update(&v.to_le_bytes());
         });
-        let (rows, cols) = matrix_shape(&entry.spec.shape);
-        match (self.form, entry.layout, entry.dtype) {
-            (Form::Inference(_), Layout::Rows, DType::F32) if name.ends_with(".A_log") => {
-                let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
-                self.buffer.write(entry.offset, &a);
-            }
-            (_, Layout::Panels, dtype) => {
-                let len = device.packed_len(rows, cols) * dtype.size();
-                let bytes = &mut self.buffer.bytes_mut()[entry.offset..entry.offset + len];
-                PackedMatrix::pack_bytes(device.isa(), dtype, rows, cols, values, bytes);
-            }
-            (_, Layout::Rows, DType::BF16) => {
-                let narrow: Vec<half::bf16> = values.iter().map(|&v| half::bf16::from_f32(v)).collect();
-                self.buffer.write(entry.offset, &narrow);
-            }
-            (_, Layout::Rows, _) => self.buffer.write(entry.offset, values),
+        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
+        if matches!(self.form, Form::Inference(_)) && name.ends_with(".A_log") {
+            let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
+            device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
+        } else {
+            device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
         }
     }
 
