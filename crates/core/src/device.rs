@@ -6,9 +6,12 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::cpu::Cpu;
-use crate::dtype::Element;
+use half::bf16;
+
+use crate::cpu::{Cpu, gemm};
+use crate::dtype::{DType, Element};
 use crate::error::{Error, human_bytes};
+use crate::graph::Layout as MatrixLayout;
 use crate::plan::Plan;
 
 /// Alignment of buffers in bytes: a page, so that large ones start on one.
@@ -103,7 +106,16 @@ impl Buffer {
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.bytes) }
     }
 
-    /// The bytes, for code that fills or packs them in place.
+    /// `len` elements from byte `offset` on, to fill in place.
+    fn elements_mut<T: Element>(&mut self, offset: usize, len: usize) -> &mut [T] {
+        let end = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(offset));
+        assert!(end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(align_of::<T>()));
+        // SAFETY: the range lies inside the buffer and is aligned, any bytes are a valid T, and `&mut self` makes the
+        // borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(offset).cast(), len) }
+    }
+
+    /// The bytes, for code that fills them in place.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the buffer owns these bytes, and `&mut self` makes the borrow exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.bytes) }
@@ -128,6 +140,46 @@ impl Device {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
+        }
+    }
+
+    /// Bytes of a matrix `[rows, cols]` in this type and layout.
+    pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
+        let Device::Cpu(cpu) = self;
+        let elements = match layout {
+            MatrixLayout::Rows => rows * cols,
+            MatrixLayout::Panels => gemm::packed_len(cpu.isa, cols, rows),
+        };
+        elements * dtype.size()
+    }
+
+    /// Stores a row-major matrix `[rows, cols]` at byte `offset` in the type and layout that a plan expects of an
+    /// external tensor. Numbers are rounded to nearest where the type is narrower.
+    ///
+    /// Panics if `values` has not `rows · cols` numbers, or if they do not fit into the buffer.
+    pub fn write_matrix(
+        &self,
+        buffer: &mut Buffer,
+        offset: usize,
+        (dtype, layout): (DType, MatrixLayout),
+        (rows, cols): (usize, usize),
+        values: &[f32],
+    ) {
+        let Device::Cpu(cpu) = self;
+        let bytes = self.matrix_bytes(dtype, layout, rows, cols);
+        let weight = gemm::MatRef::new(values, rows, cols).t();
+        match (layout, dtype) {
+            (MatrixLayout::Panels, DType::BF16) => {
+                gemm::pack_into::<f32, bf16>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 2));
+            }
+            (MatrixLayout::Panels, _) => {
+                gemm::pack_into::<f32, f32>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 4));
+            }
+            (MatrixLayout::Rows, DType::BF16) => {
+                let narrow: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+                buffer.write(offset, &narrow);
+            }
+            (MatrixLayout::Rows, _) => buffer.write(offset, values),
         }
     }
 

@@ -159,10 +159,9 @@ impl Op for Copy {
         let bytes = from.cols * from.dtype.size();
         cpu.pool.chunks(from.rows, ROWS_PER_TASK, |rows| {
             for r in rows {
+                let (from, to) = (from.rows(r, 1), to.rows(r, 1));
                 // SAFETY: both rows hold `bytes` bytes; this task alone writes row r, and the two do not overlap.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(from.rows(r, 1).ptr, to.rows(r, 1).ptr, bytes);
-                }
+                unsafe { std::ptr::copy_nonoverlapping(from.ptr, to.ptr, bytes) }
             }
         });
     }

@@ -7,6 +7,7 @@ pub mod elementwise;
 pub mod embedding;
 pub mod gather_rows;
 pub mod layout;
+pub mod linear;
 pub mod norm;
 mod vectors;
 

@@ -4,7 +4,7 @@ use core::arch::aarch64::*;
 
 use half::bf16;
 
-use super::Simd;
+use super::{MAX_LANES, Simd};
 
 /// The token for NEON: 4 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +64,11 @@ impl Simd for Neon {
         fn load_bf16(self, from: *const bf16) -> float32x4_t {
             vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vld1_u16(from.cast()))))
         }
+        fn load_bf16_pairs(self, from: *const bf16) -> (float32x4_t, float32x4_t) {{
+            let pairs = vreinterpretq_u32_u16(vld1q_u16(from.cast()));
+            let odd = vandq_u32(pairs, vdupq_n_u32(0xffff_0000));
+            (vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs)), vreinterpretq_f32_u32(odd))
+        }}
         fn store_bf16(self, to: *mut bf16, v: float32x4_t) {{
             // Half a unit less one is added, and one more where the last kept bit is odd; a NaN keeps its upper
             // bits and becomes quiet.
@@ -76,6 +81,16 @@ impl Simd for Neon {
     }
 
     methods! {
+        fn transpose(self, rows: [float32x4_t; MAX_LANES]) -> [float32x4_t; MAX_LANES] {{
+            let mut out = rows;
+            let (a, b) = (vtrn1q_f32(rows[0], rows[1]), vtrn2q_f32(rows[0], rows[1]));
+            let (c, d) = (vtrn1q_f32(rows[2], rows[3]), vtrn2q_f32(rows[2], rows[3]));
+            out[0] = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
+            out[1] = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
+            out[2] = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
+            out[3] = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
+            out
+        }}
         fn splat(self, x: f32) -> float32x4_t { vdupq_n_f32(x) }
         fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t { vaddq_f32(a, b) }
         fn sub(self, a: float32x4_t, b: float32x4_t) -> float32x4_t { vsubq_f32(a, b) }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::Simd;
+use super::{MAX_LANES, Simd};
 
 /// The token for plain Rust: 8 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +107,25 @@ impl Simd for Portable {
         // SAFETY: the caller vouches for 8 values, and bf16 is 16 bits and nothing else.
         let bits = unsafe { from.cast::<[u16; 8]>().read_unaligned() };
         Lanes(bits.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, from: *const bf16) -> (Lanes, Lanes) {
+        // SAFETY: the caller vouches for 16 values, and bf16 is 16 bits and nothing else.
+        let bits = unsafe { from.cast::<[[u16; 2]; 8]>().read_unaligned() };
+        let widen = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        (Lanes(bits.map(|pair| widen(pair[0]))), Lanes(bits.map(|pair| widen(pair[1]))))
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [Lanes; MAX_LANES]) -> [Lanes; MAX_LANES] {
+        let mut out = rows;
+        for (i, row) in rows[..8].iter().enumerate() {
+            for (j, column) in out[..8].iter_mut().enumerate() {
+                column.0[i] = row.0[j];
+            }
+        }
+        out
     }
 
     #[inline(always)]

@@ -101,6 +101,25 @@ impl Kernel for Check {
             assert!((root..SQRT_2.next_up()).contains(&ms[0]), "mantissa {} of {x}", ms[0]);
             assert_eq!(f64::from(ms[0]) * 2f64.powi(es[0] as i32), f64::from(x));
         }
+        let square: [[f32; MAX_LANES]; MAX_LANES] =
+            std::array::from_fn(|i| std::array::from_fn(|j| (i * MAX_LANES + j) as f32));
+        // SAFETY: every row holds MAX_LANES values.
+        let columns = s.transpose(std::array::from_fn(|i| unsafe { s.load(square[i].as_ptr()) }));
+        for (j, column) in columns.into_iter().enumerate().take(S::LANES) {
+            let mut out = [0.0f32; MAX_LANES];
+            // SAFETY: `out` holds MAX_LANES values.
+            unsafe { s.store(out.as_mut_ptr(), column) };
+            assert!((0..S::LANES).all(|i| out[i] == square[i][j]), "column {j}: {out:?}");
+        }
+        let pairs: [bf16; 2 * MAX_LANES] = std::array::from_fn(|i| bf16::from_f32(i as f32));
+        let (mut even, mut odd) = ([0.0f32; MAX_LANES], [0.0f32; MAX_LANES]);
+        // SAFETY: `pairs` holds 2 · MAX_LANES values, the others MAX_LANES.
+        unsafe {
+            let (a, b) = s.load_bf16_pairs(pairs.as_ptr());
+            s.store(even.as_mut_ptr(), a);
+            s.store(odd.as_mut_ptr(), b);
+        }
+        assert!((0..S::LANES).all(|i| even[i] == (2 * i) as f32 && odd[i] == (2 * i + 1) as f32));
         for n in 0..=S::LANES {
             let from: [f32; MAX_LANES] = std::array::from_fn(|i| 1.0 + i as f32);
             let mut to = [-7.0f32; MAX_LANES];

@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use half::bf16;
 
-use super::Simd;
+use super::{MAX_LANES, Simd};
 
 /// The token for AVX-512 F, BW, DQ and VL: 16 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +77,11 @@ impl Simd for Avx512 {
         fn load_partial(self, from: *const f32, n: usize) -> __m512 { _mm512_maskz_loadu_ps(lowest(n), from) }
         fn store_partial(self, to: *mut f32, v: __m512, n: usize) { _mm512_mask_storeu_ps(to, lowest(n), v) }
         fn load_bf16(self, from: *const bf16) -> __m512 { widen_512(_mm256_loadu_si256(from.cast())) }
+        fn load_bf16_pairs(self, from: *const bf16) -> (__m512, __m512) {{
+            let pairs = _mm512_loadu_si512(from.cast());
+            let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(odd))
+        }}
         fn store_bf16(self, to: *mut bf16, v: __m512) { _mm256_storeu_si256(to.cast(), narrow_512(v)) }
         fn load_partial_bf16(self, from: *const bf16, n: usize) -> __m512 {
             widen_512(_mm256_maskz_loadu_epi16(lowest(n), from.cast()))
@@ -87,6 +92,34 @@ impl Simd for Avx512 {
     }
 
     methods! {
+        fn transpose(self, rows: [__m512; MAX_LANES]) -> [__m512; MAX_LANES] {{
+            // Pairs of rows, pairs of pairs, then blocks of four lanes, twice: 64 shuffles.
+            let mut a = rows;
+            for i in (0..16).step_by(2) {
+                a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            let mut b = a;
+            for i in (0..16).step_by(4) {
+                b[i] = unpack_low_512(a[i], a[i + 2]);
+                b[i + 1] = unpack_high_512(a[i], a[i + 2]);
+                b[i + 2] = unpack_low_512(a[i + 1], a[i + 3]);
+                b[i + 3] = unpack_high_512(a[i + 1], a[i + 3]);
+            }
+            for i in 0..4 {
+                a[i] = _mm512_shuffle_f32x4::<0x88>(b[i], b[i + 4]);
+                a[i + 4] = _mm512_shuffle_f32x4::<0xdd>(b[i], b[i + 4]);
+                a[i + 8] = _mm512_shuffle_f32x4::<0x88>(b[i + 8], b[i + 12]);
+                a[i + 12] = _mm512_shuffle_f32x4::<0xdd>(b[i + 8], b[i + 12]);
+            }
+            for i in 0..4 {
+                b[i] = _mm512_shuffle_f32x4::<0x88>(a[i], a[i + 8]);
+                b[i + 8] = _mm512_shuffle_f32x4::<0xdd>(a[i], a[i + 8]);
+                b[i + 4] = _mm512_shuffle_f32x4::<0x88>(a[i + 4], a[i + 12]);
+                b[i + 12] = _mm512_shuffle_f32x4::<0xdd>(a[i + 4], a[i + 12]);
+            }
+            b
+        }}
         fn splat(self, x: f32) -> __m512 { _mm512_set1_ps(x) }
         fn add(self, a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
         fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
@@ -138,10 +171,35 @@ impl Simd for Avx2 {
         fn load_bf16(self, from: *const bf16) -> __m256 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))
         }
+        fn load_bf16_pairs(self, from: *const bf16) -> (__m256, __m256) {{
+            let pairs = _mm256_loadu_si256(from.cast());
+            let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(odd))
+        }}
         fn store_bf16(self, to: *mut bf16, v: __m256) { _mm_storeu_si128(to.cast(), narrow_256(v)) }
     }
 
     methods! {
+        fn transpose(self, rows: [__m256; MAX_LANES]) -> [__m256; MAX_LANES] {{
+            // Pairs of rows, pairs of pairs, then halves: 24 shuffles.
+            let mut a = rows;
+            for i in (0..8).step_by(2) {
+                a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+                a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            let mut b = a;
+            for i in (0..8).step_by(4) {
+                b[i] = _mm256_shuffle_ps::<0x44>(a[i], a[i + 2]);
+                b[i + 1] = _mm256_shuffle_ps::<0xee>(a[i], a[i + 2]);
+                b[i + 2] = _mm256_shuffle_ps::<0x44>(a[i + 1], a[i + 3]);
+                b[i + 3] = _mm256_shuffle_ps::<0xee>(a[i + 1], a[i + 3]);
+            }
+            for i in 0..4 {
+                a[i] = _mm256_permute2f128_ps::<0x20>(b[i], b[i + 4]);
+                a[i + 4] = _mm256_permute2f128_ps::<0x31>(b[i], b[i + 4]);
+            }
+            a
+        }}
         fn splat(self, x: f32) -> __m256 { _mm256_set1_ps(x) }
         fn add(self, a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
         fn sub(self, a: __m256, b: __m256) -> __m256 { _mm256_sub_ps(a, b) }
@@ -189,6 +247,26 @@ impl Simd for Avx2 {
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         }}
     }
+}
+
+/// The lower pair of every four lanes of both.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn unpack_low_512(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe { _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))) }
+}
+
+/// The upper pair of every four lanes of both.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn unpack_high_512(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe { _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))) }
 }
 
 /// 16 bf16 as f32.
