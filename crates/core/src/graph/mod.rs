@@ -106,6 +106,11 @@ pub trait Op: Debug + Send + Sync {
         wanted: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error>;
 
+    /// The number that all elements of the op's output equal, if that is known while recording.
+    fn constant(&self) -> Option<f32> {
+        None
+    }
+
     /// Scratch bytes needed while the op runs on the CPU. Must not depend on the number of threads where results do.
     fn workspace(&self, _graph: &Graph, _node: &Node, _cpu: &Cpu) -> usize {
         0
@@ -290,6 +295,11 @@ impl Graph {
         if let Some(start) = self.open_region.take() {
             self.regions.push(start..self.nodes.len());
         }
+    }
+
+    /// The number that all elements of `t` equal, if an op gives a known constant.
+    pub fn constant(&self, t: TensorId) -> Option<f32> {
+        self.nodes.iter().rev().find(|n| n.outputs.contains(&Some(t)))?.op.constant()
     }
 
     /// The tensor whose storage `t` lives in (itself, if it is no view) and the column where it starts.
