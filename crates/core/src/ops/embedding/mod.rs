@@ -15,10 +15,12 @@ mod tests;
 use half::bf16;
 
 use crate::cpu::Cpu;
+use crate::cpu::gemm::Rhs;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
 use crate::ops::gather_rows::scatter_add;
+use crate::ops::linear::transposed;
 
 /// Elements that one task copies, about.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -87,7 +89,11 @@ unsafe fn read_row(cpu: &Cpu, weight: Mat, id: usize, out: &mut [f32]) {
                 out.iter_mut().zip(weight.row::<bf16>(id)).for_each(|(o, w)| *o = w.to_f32());
             }
             (Layout::Rows, _) => out.copy_from_slice(weight.row(id)),
-            (Layout::Panels, _) => todo!("{:?}", cpu.isa),
+            (Layout::Panels, _) => {
+                if let Rhs::Packed(packed) = transposed(weight, cpu) {
+                    packed.column(id, out);
+                }
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
 use super::{embedding, reference};
+use crate::cpu::isa::Isa;
 use crate::dtype::DType;
 use crate::ops::testing::{Case, Value, check_op};
 
@@ -32,6 +33,26 @@ fn bf16_tables_are_widened_exactly() {
     weight.dtype = DType::BF16;
     let inputs = [("ids", Value::ints(&[8, 0, 3])), ("weight", weight)];
     check_op(&inputs, &[], |g, t| vec![embedding(g, t[0], t[1]).unwrap()], expected, (BOUND, 0.0));
+}
+
+#[test]
+fn packed_tables_give_the_same_rows() {
+    let mut weight = Value::random(71, 21, 1);
+    weight.data.iter_mut().for_each(|v| *v = half::bf16::from_f64(*v).to_f64());
+    for dtype in [DType::F32, DType::BF16] {
+        weight.dtype = dtype;
+        let ids = Value::ints(&[70, 0, 31, 32, 9, -1]);
+        let mut case = Case::new();
+        let (t, table) = (case.input("ids", &ids), case.packed("weight", &weight));
+        let y = embedding(&mut case.graph, t, table).unwrap();
+        case.output("y", y);
+        let expected = &expected(&[ids, weight.clone()])[0];
+        for isa in Isa::available() {
+            let y = &case.run_on(isa, 2)["y"];
+            assert_eq!(y.data[..5 * 21], expected.data[..5 * 21], "{isa}");
+            assert!(y.data[5 * 21..].iter().all(|v| v.is_nan()));
+        }
+    }
 }
 
 #[test]
