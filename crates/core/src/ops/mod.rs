@@ -13,4 +13,6 @@ pub mod norm;
 mod vectors;
 
 #[cfg(test)]
+mod example;
+#[cfg(test)]
 pub(crate) mod testing;
