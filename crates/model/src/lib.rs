@@ -1,1 +1,7 @@
 //! Configurations, blocks, checkpoint formats, tokenizers and states.
+
+pub mod checkpoint;
+pub mod config;
+pub mod init;
+pub mod presets;
+pub mod tokenizer;
