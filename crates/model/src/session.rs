@@ -84,6 +84,11 @@ impl<'m> Session<'m> {
         state
     }
 
+    /// Tokens that a slot remembers.
+    pub fn position(&self, slot: usize) -> u64 {
+        self.positions[slot]
+    }
+
     /// Continues a slot from a state of the same model.
     pub fn set_state(&mut self, slot: usize, state: &State) -> Result<(), Error> {
         if state.model != self.model.weights.fingerprint() {

@@ -124,18 +124,13 @@ impl RunFolder {
         progress: &Progress,
         extra: &[(&str, &[u8])],
     ) -> Result<PathBuf, Error> {
-        let folder = self.path.join(CHECKPOINTS);
         let name = format!("step-{:08}", progress.step);
-        let (target, temporary) = (folder.join(&name), folder.join(format!(".writing-{name}")));
-        let written = self.write_into(&temporary, config, weights, optimizer, progress, extra);
-        if let Err(error) = written {
-            // What was written so far is of no use; the previous checkpoint is untouched.
-            let _ = fs::remove_dir_all(&temporary);
-            return Err(error);
-        }
+        let target = self.path.join(CHECKPOINTS).join(&name);
+        // A run that was resumed from an earlier step comes by this one again.
         let _ = fs::remove_dir_all(&target);
-        fs::rename(&temporary, &target).map_err(|e| Error::io(&target, e))?;
-        atomic::sync_folder(&folder).map_err(|e| Error::io(&folder, e))?;
+        atomic::write_folder(&target, |folder| {
+            self.write_into(folder, config, weights, optimizer, progress, extra)
+        })?;
         self.point(LATEST, &name)?;
         if progress.best.is_some_and(|b| b.step == progress.step) {
             self.point(BEST, &name)?;
@@ -147,36 +142,33 @@ impl RunFolder {
 
     fn write_into(
         &self,
-        temporary: &Path,
+        folder: &Path,
         config: &ModelConfig,
         weights: &Weights,
         optimizer: OptimizerState<'_>,
         progress: &Progress,
         extra: &[(&str, &[u8])],
     ) -> Result<(), Error> {
-        let _ = fs::remove_dir_all(temporary);
-        fs::create_dir_all(temporary).map_err(|e| Error::io(temporary, e))?;
         let parameters: Vec<(String, Vec<f32>)> = weights.read_all().collect();
         let tensors: Vec<SaveTensor<'_>> =
             parameters.iter().map(|(n, v)| (n.as_str(), TensorData::F32(v))).collect();
-        hognose_model::checkpoint::save(temporary, config, &tensors, extra)?;
+        hognose_model::checkpoint::save(folder, config, &tensors, extra)?;
         drop(parameters);
-        let path = temporary.join(OPTIMIZER);
+        let path = folder.join(OPTIMIZER);
         let parts: Vec<(&str, Vec<u8>)> = optimizer.parts().map(|(n, b)| (n, b.to_bytes())).collect();
         let views = parts.iter().map(|(name, bytes)| {
             let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes);
             (*name, view.expect("the shape is the number of elements"))
         });
         let data = safetensors::serialize(views, None).map_err(|e| Error::damaged(&path, e))?;
-        atomic::write(&path, &data).map_err(|e| Error::io(&path, e))?;
-        let path = temporary.join(TRAINER);
+        atomic::write(&path, &data)?;
+        let path = folder.join(TRAINER);
         let text = serde_json::to_vec_pretty(progress).map_err(|e| Error::damaged(&path, e))?;
-        atomic::write(&path, &text).map_err(|e| Error::io(&path, e))
+        Ok(atomic::write(&path, &text)?)
     }
 
     fn point(&self, pointer: &str, name: &str) -> Result<(), Error> {
-        let path = self.path.join(CHECKPOINTS).join(pointer);
-        atomic::write(&path, format!("{name}\n").as_bytes()).map_err(|e| Error::io(&path, e))
+        Ok(atomic::write(&self.path.join(CHECKPOINTS).join(pointer), format!("{name}\n").as_bytes())?)
     }
 
     /// Shows the model of a checkpoint in the run's folder itself, so that `--model runs/NAME` finds it: by hard links

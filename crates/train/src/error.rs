@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use crate::atomic::SaveError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 
@@ -18,7 +19,9 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] hognose_model::Error),
     #[error(transparent)]
-    Engine(#[from] hognose_engine::Error),
+    Save(#[from] SaveError),
+    #[error(transparent)]
+    Record(#[from] crate::records::RecordError),
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path} is damaged: {message}")]
@@ -30,6 +33,20 @@ pub enum Error {
     #[error("step {step}: {what} is not finite{tensor}; {advice}")]
     NotFinite { step: u64, what: &'static str, tensor: String, advice: String },
     #[error("{0}")]
+    Preset(String),
+    #[error("[model] {key} is {found}; expected {expected}")]
+    ModelValue { key: String, found: String, expected: &'static str },
+    #[error("[model] {key} is not a size that the preset's layers have; known are {known}")]
+    ModelKey { key: String, known: &'static str },
+    #[error("the tokenizer has {tokenizer} ids, but the model only {model} rows; use the tokenizer that belongs to it")]
+    Vocabulary { tokenizer: usize, model: usize },
+    #[error(
+        "neither the tokenizer nor the model names a token that ends a text; name one as eos_token in tokenizer_config.json"
+    )]
+    NoBoundary,
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("{0}; this is an error in hognose")]
     Internal(String),
 }
 

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::step::{GradientPlan, StepInputs, StepShape};
 
 /// Segments are padded with empty ones to a multiple of this, so that few plans are needed.
-const SEGMENT_GRID: usize = 8;
+pub const SEGMENT_GRID: usize = 8;
 
 /// A batch's segments as a pack, padded with empty segments.
 pub fn padded_pack(batch: &Batch) -> Result<Pack, Error> {

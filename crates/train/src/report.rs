@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use hognose_model::config::ModelConfig;
+use hognose_model::session::Model;
+use hognose_model::tokenizer::Tokenizer;
 
 use crate::baseline::Baseline;
 
@@ -88,8 +90,8 @@ pub trait Observer {
     fn evaluation(&mut self, _evaluation: &EvaluationReport) {}
     /// How much of an evaluation is done, from 0 to 1.
     fn evaluating(&mut self, _done: f64) {}
-    /// A text that the model wrote.
-    fn sample(&mut self, _text: &str) {}
+    /// Now and then the model itself, for a line that it writes.
+    fn sample(&mut self, _step: u64, _model: &Model, _tokenizer: &Tokenizer) {}
     fn saved(&mut self, _step: u64, _folder: &Path) {}
     /// Anything else worth knowing.
     fn note(&mut self, _text: &str) {}
