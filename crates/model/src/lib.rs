@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod hub;
 pub mod init;
 pub mod presets;
 pub mod tokenizer;
