@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     fn run(text: &str, stops: &[&str]) -> (Vec<String>, String, bool) {
-        let tokenizer = Tokenizer::bytes();
+        let tokenizer = Tokenizer::Bytes;
         let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
         let mut stream = TextStream::new(&tokenizer, &stops);
         let mut pieces: Vec<String> =

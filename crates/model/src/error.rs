@@ -18,6 +18,8 @@ pub enum Error {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Hub(#[from] crate::hub::HubError),
     #[error("{path} {message}")]
     File { path: PathBuf, message: String },
     #[error("the state belongs to the model {found}, not to this one ({expected})")]

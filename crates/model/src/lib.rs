@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod hub;
 pub mod init;
 pub mod network;
 pub mod presets;
