@@ -1,9 +1,16 @@
 //! The ops: a closed, small set. Each folder or file holds one op's formula, shapes, builder, gradient, plain
 //! reference and CPU kernels; `docs/adding-an-op.md` says how to add one.
 
+pub mod adamw;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod elementwise;
+pub mod embedding;
+pub mod gather_rows;
 pub mod layout;
 pub mod linear;
+pub mod norm;
+mod vectors;
 
 #[cfg(test)]
 pub(crate) mod testing;
