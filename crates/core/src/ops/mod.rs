@@ -3,6 +3,8 @@
 
 pub mod elementwise;
 pub mod layout;
+pub mod selective_scan;
+pub(crate) mod tasks;
 
 #[cfg(test)]
 pub(crate) mod testing;
