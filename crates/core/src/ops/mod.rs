@@ -11,6 +11,8 @@ pub mod layout;
 pub mod linear;
 pub mod norm;
 mod vectors;
+pub mod selective_scan;
+pub(crate) mod tasks;
 
 #[cfg(test)]
 pub(crate) mod testing;
