@@ -34,6 +34,8 @@ pub struct Setup {
     pub warnings: Vec<String>,
 }
 
+/// Minutes of the run without any argument, everything included.
+pub const DEFAULT_MINUTES: f64 = 3.7;
 /// Tokens of the evaluations on the way.
 const QUICK_TOKENS: u64 = 64 * 1024;
 
