@@ -9,14 +9,16 @@ use super::kernel::{Block, From, Left, Weight, panel_columns, tile_rows};
 use super::matrix::{MatMut, MatRef};
 use super::pack::Pack;
 
-/// Steps of k a block has at most: a panel of B stays in the L1 or the near L2 cache.
-const K_STEPS: usize = 512;
+/// Steps of k a block has at most: a panel of B (128 KiB in f32 with AVX-512) stays in L2. It need not fit into L1:
+/// a tile reads two vectors of B for 24 multiply-adds. Few, long blocks keep C out of the way; measured better than
+/// 256 to 512.
+const K_STEPS: usize = 1024;
 /// Rows of A packed at a time.
 const ROWS: usize = 1536;
 /// Columns of B packed at a time.
 const COLUMNS: usize = 3072;
-/// Rows of A a task works on: its panels stay in L2.
-const TASK_ROWS: usize = 192;
+/// Rows of A a task works on: how often a panel of B is used before the next one comes.
+const TASK_ROWS: usize = 384;
 /// Multiply-adds below which a product is not worth waking anybody.
 const SERIAL_WORK: usize = 200_000;
 /// Multiply-adds that a task has at least, where there is more than one.
@@ -25,7 +27,8 @@ const TASK_WORK: usize = 100_000;
 const TASKS_PER_THREAD: usize = 4;
 /// Elements a packing task moves, about.
 const PACK_WORK: usize = 32_768;
-/// Panels of B from which on packing A pays.
+/// Panels of B from which on packing a transposed A pays. Rows of A that lie in memory as such are never packed:
+/// tiles read them value by value anyway, and measurements show no gain from moving them together.
 const PACK_A_PANELS: usize = 8;
 
 /// The right-hand side as the driver sees it.
@@ -98,7 +101,7 @@ pub(super) fn drive<W: Weight>(
     // With few rows the panels are streamed once and all sums fit into registers: no blocks of k.
     let k_steps = if few_rows && packed { k.max(1) } else { even(k, K_STEPS, 16) };
     let columns = if packed { n } else { n.min(COLUMNS) };
-    let pack_a = !few_rows && n.div_ceil(width) >= PACK_A_PANELS;
+    let pack_a = !few_rows && a.col_stride() != 1 && n.div_ceil(width) >= PACK_A_PANELS;
     let rows = if pack_a { even(m, ROWS, tile_rows) } else { m };
 
     let a_len = if pack_a { rows.next_multiple_of(tile_rows) * k_steps } else { 0 };
