@@ -20,8 +20,8 @@ impl Pack {
         let mut total = 0usize;
         for length in lengths {
             total = total.saturating_add(length);
-            let end =
-                i32::try_from(total).map_err(|_| Error::Pack(format!("{total} tokens are more than one pack holds")))?;
+            let end = i32::try_from(total)
+                .map_err(|_| Error::Pack(format!("{total} tokens are more than one pack holds")))?;
             offsets.push(end);
         }
         Ok(Pack { offsets })

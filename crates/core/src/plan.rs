@@ -4,8 +4,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::cpu::Cpu;
 use crate::cpu::isa::Isa;
-use crate::cpu::{Cpu, gemm};
 use crate::error::Error;
 use crate::graph::{Cost, Graph, Io, Layout, Mat, Node, Place, TensorId};
 
@@ -88,7 +88,7 @@ impl Plan {
         let tensor = self.graph.tensor(t);
         match tensor.layout {
             Layout::Rows => tensor.bytes(),
-            Layout::Panels => gemm::packed_len(self.isa, tensor.rows, tensor.cols) * tensor.dtype.size(),
+            Layout::Panels => tensor.rows.next_multiple_of(2 * self.isa.lanes()) * tensor.cols * tensor.dtype.size(),
         }
     }
 
@@ -181,7 +181,8 @@ fn live_nodes(graph: &Graph) -> Vec<usize> {
     let mut order = Vec::new();
     let is_external = |t: TensorId| matches!(graph.tensor(graph.root(t).0).place, Place::External(_));
     for (i, node) in graph.nodes.iter().enumerate().rev() {
-        let live = node.outputs.iter().flatten().any(|&t| wanted[t.index()] || is_external(t) && !reads_root(graph, node, t));
+        let live =
+            node.outputs.iter().flatten().any(|&t| wanted[t.index()] || is_external(t) && !reads_root(graph, node, t));
         if live {
             node.inputs.iter().flatten().for_each(|t| wanted[t.index()] = true);
             order.push(i);

@@ -1,4 +1,4 @@
-//! Elementwise and reduction helpers: fill, add, mul, scale, silu, column sums.
+//! Elementwise and reduction helpers: fill, add, mul, scale, silu, −exp, column sums.
 //!
 //! All act on f32 matrices `[rows, cols]`. They serve the backward transformation and research code; wherever speed
 //! matters, the models use fused ops instead.
@@ -61,9 +61,18 @@ pub fn scale_by(g: &mut Graph, x: TensorId, s: TensorId) -> Result<TensorId, Err
 
 /// silu(x) = x · σ(x).
 pub fn silu(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype("silu", "x", x, DType::F32)?;
+    unary(g, Unary::Silu, x)
+}
+
+/// −exp(x): A from A_log.
+pub fn neg_exp(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
+    unary(g, Unary::NegExp, x)
+}
+
+fn unary(g: &mut Graph, op: Unary, x: TensorId) -> Result<TensorId, Error> {
+    g.expect_dtype(op.name(), "x", x, DType::F32)?;
     let out = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
-    g.push(Silu, vec![Some(x)], vec![Some(out)]);
+    g.push(op, vec![Some(x)], vec![Some(out)]);
     Ok(out)
 }
 
@@ -93,7 +102,13 @@ impl Op for Fill {
         "fill"
     }
 
-    fn backward(&self, _: &mut Graph, _: &Node, _: &[Option<TensorId>], _: &[bool]) -> Result<Vec<Option<TensorId>>, Error> {
+    fn backward(
+        &self,
+        _: &mut Graph,
+        _: &Node,
+        _: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
         Ok(vec![])
     }
 
@@ -175,7 +190,13 @@ impl Op for Scale {
         "scale"
     }
 
-    fn backward(&self, g: &mut Graph, _: &Node, d_outputs: &[Option<TensorId>], _: &[bool]) -> Result<Vec<Option<TensorId>>, Error> {
+    fn backward(
+        &self,
+        g: &mut Graph,
+        _: &Node,
+        d_outputs: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
         Ok(vec![match d_outputs[0] {
             Some(d) => Some(scale(g, d, self.factor)?),
             None => None,
@@ -231,12 +252,22 @@ fn scale_rows(x: Mat, out: Mat, factor: f32, cpu: &Cpu) {
     });
 }
 
-#[derive(Debug)]
-struct Silu;
+/// Functions of one element with a kernel over vectors.
+#[derive(Clone, Copy, Debug)]
+enum Unary {
+    Silu,
+    /// dy · silu'(x), as an op of (x, dy).
+    SiluGrad,
+    NegExp,
+}
 
-impl Op for Silu {
+impl Op for Unary {
     fn name(&self) -> &'static str {
-        "silu"
+        match self {
+            Unary::Silu => "silu",
+            Unary::SiluGrad => "silu_grad",
+            Unary::NegExp => "neg_exp",
+        }
     }
 
     fn backward(
@@ -246,71 +277,55 @@ impl Op for Silu {
         d_outputs: &[Option<TensorId>],
         _: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
-        let Some(d) = d_outputs[0] else { return Ok(vec![None]) };
+        let Some(d) = d_outputs[0] else { return Ok(vec![None; node.inputs.len()]) };
         let x = node.input(0);
-        let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
-        g.push(SiluGrad, vec![Some(x), Some(d)], vec![Some(dx)]);
-        Ok(vec![Some(dx)])
+        Ok(vec![Some(match self {
+            Unary::Silu => {
+                let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+                g.push(Unary::SiluGrad, vec![Some(x), Some(d)], vec![Some(dx)]);
+                dx
+            }
+            // (−eˣ)' is the value itself.
+            Unary::NegExp => mul(g, d, node.output(0))?,
+            Unary::SiluGrad => {
+                let message = "second derivatives are not implemented".into();
+                return Err(Error::Unsupported { op: self.name(), message });
+            }
+        })])
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
-        silu_rows::<false>(io.input(0), None, io.output(0), cpu);
+        let (x, dy, out) = (io.input(0), io.optional_input(1), io.output(0));
+        cpu.pool.chunks(out.rows, rows_per_task(out.cols), |rows| {
+            for r in rows {
+                // SAFETY: this task alone writes row r, and inputs do not change.
+                let row = unsafe {
+                    UnaryRow { op: *self, x: x.row(r), dy: dy.map_or(&[], |dy| dy.row(r)), out: out.row_mut(r) }
+                };
+                cpu.isa.run(row);
+            }
+        });
     }
 }
 
-/// dx = dy · silu'(x).
-#[derive(Debug)]
-struct SiluGrad;
-
-impl Op for SiluGrad {
-    fn name(&self) -> &'static str {
-        "silu_grad"
-    }
-
-    fn backward(&self, _: &mut Graph, _: &Node, _: &[Option<TensorId>], _: &[bool]) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "silu_grad", message: "second derivatives are not implemented".into() })
-    }
-
-    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
-        silu_rows::<true>(io.input(0), Some(io.input(1)), io.output(0), cpu);
-    }
-}
-
-fn silu_rows<const GRAD: bool>(x: Mat, dy: Option<Mat>, out: Mat, cpu: &Cpu) {
-    cpu.pool.chunks(out.rows, rows_per_task(out.cols), |rows| {
-        for r in rows {
-            // SAFETY: this task alone writes row r, and inputs do not change.
-            let kernel = unsafe {
-                SiluRow::<GRAD> { x: x.row(r), dy: dy.map_or(&[], |dy| dy.row(r)), out: out.row_mut(r) }
-            };
-            cpu.isa.run(kernel);
-        }
-    });
-}
-
-struct SiluRow<'a, const GRAD: bool> {
+struct UnaryRow<'a> {
+    op: Unary,
     x: &'a [f32],
     dy: &'a [f32],
     out: &'a mut [f32],
 }
 
-impl<const GRAD: bool> Kernel for SiluRow<'_, GRAD> {
+impl Kernel for UnaryRow<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let n = self.out.len();
-        for i in (0..n).step_by(S::LANES) {
-            let lanes = S::LANES.min(n - i);
-            // SAFETY: `lanes` elements from i on lie inside all three slices.
-            unsafe {
-                let x = s.load_partial(self.x.as_ptr().add(i), lanes);
-                let value = if GRAD {
-                    s.mul(s.load_partial(self.dy.as_ptr().add(i), lanes), math::dsilu(s, x))
-                } else {
-                    math::silu(s, x)
-                };
-                s.store_partial(self.out.as_mut_ptr().add(i), value, lanes);
+        match self.op {
+            Unary::Silu => math::map(s, self.x, self.out, |s, x| math::silu(s, x)),
+            Unary::NegExp => math::map(s, self.x, self.out, |s, x| s.neg(math::exp(s, x))),
+            Unary::SiluGrad => {
+                math::map(s, self.x, self.out, |s, x| math::dsilu(s, x));
+                self.out.iter_mut().zip(self.dy).for_each(|(o, d)| *o *= d);
             }
         }
     }
@@ -324,7 +339,13 @@ impl Op for ColumnSums {
         "column_sums"
     }
 
-    fn backward(&self, _: &mut Graph, _: &Node, _: &[Option<TensorId>], _: &[bool]) -> Result<Vec<Option<TensorId>>, Error> {
+    fn backward(
+        &self,
+        _: &mut Graph,
+        _: &Node,
+        _: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
         Err(Error::Unsupported { op: "column_sums", message: "its gradient is not implemented".into() })
     }
 
@@ -408,6 +429,8 @@ mod tests {
         check_op(&one, &["a"], |g, t| vec![scale(g, t[0], -3.0).unwrap()], |v| map(v, |a, _| -3.0 * a), (1e-6, 1e-6));
         let silu_ref = |v: &[Value]| map(v, |a, _| a / (1.0 + (-a).exp()));
         check_op(&one, &["a"], |g, t| vec![silu(g, t[0]).unwrap()], silu_ref, (1e-6, 1e-6));
+        let neg_exp_ref = |v: &[Value]| map(v, |a, _| -a.exp());
+        check_op(&one, &["a"], |g, t| vec![neg_exp(g, t[0]).unwrap()], neg_exp_ref, (1e-6, 1e-6));
     }
 
     #[test]

@@ -103,24 +103,23 @@ impl Case {
         // Garbage in the arena shows kernels that read what they did not write.
         let mut arena = device.alloc(plan.arena_bytes()).unwrap();
         arena.bytes_mut().fill(0xFF);
-        let buffers: Vec<_> = plan
-            .graph()
-            .externals()
-            .iter()
-            .map(|e| {
-                let buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
-                if let Some((_, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
-                    match value.dtype {
-                        DType::F32 => buffer.write(0, &value.data.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-                        DType::I32 => buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>()),
-                        DType::BF16 => {
-                            buffer.write(0, &value.data.iter().map(|&v| half::bf16::from_f64(v)).collect::<Vec<_>>())
+        let buffers: Vec<_> =
+            plan.graph()
+                .externals()
+                .iter()
+                .map(|e| {
+                    let buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
+                    if let Some((_, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
+                        match value.dtype {
+                            DType::F32 => buffer.write(0, &value.data.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+                            DType::I32 => buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>()),
+                            DType::BF16 => buffer
+                                .write(0, &value.data.iter().map(|&v| half::bf16::from_f64(v)).collect::<Vec<_>>()),
                         }
                     }
-                }
-                buffer
-            })
-            .collect();
+                    buffer
+                })
+                .collect();
         let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
         device.run(&plan, &arena, &bindings).unwrap();
         let mut out = BTreeMap::new();
@@ -128,7 +127,9 @@ impl Case {
             let i = plan.graph().externals().iter().position(|e| e.tensor == *t).unwrap();
             let tensor = plan.graph().tensor(*t);
             let data = match tensor.dtype {
-                DType::I32 => buffers[i].to_vec::<i32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect(),
+                DType::I32 => {
+                    buffers[i].to_vec::<i32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect()
+                }
                 _ => buffers[i].to_vec::<f32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect(),
             };
             out.insert(name.clone(), Value { dtype: tensor.dtype, ..Value::new(tensor.rows, tensor.cols, data) });
@@ -140,11 +141,7 @@ impl Case {
 /// Gradient of Σ seed·output with respect to each input by central differences of a reference in f64.
 ///
 /// `reference` maps input values to output values. Steps scale with the input.
-pub fn finite_differences(
-    inputs: &[Value],
-    seeds: &[Value],
-    reference: impl Fn(&[Value]) -> Vec<Value>,
-) -> Vec<Value> {
+pub fn finite_differences(inputs: &[Value], seeds: &[Value], reference: impl Fn(&[Value]) -> Vec<Value>) -> Vec<Value> {
     let objective = |inputs: &[Value]| -> f64 {
         let dot = |a: &Value, b: &Value| a.data.iter().zip(&b.data).map(|(x, y)| x * y).sum::<f64>();
         reference(inputs).iter().zip(seeds).map(|(o, s)| dot(o, s)).sum()
@@ -232,14 +229,16 @@ pub struct OracleTensor {
 
 /// The tensors of an oracle file in tests/data/oracles/ops at the root of the workspace.
 pub fn oracle(name: &str) -> BTreeMap<String, OracleTensor> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/oracles/ops").join(format!("{name}.safetensors"));
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/oracles/ops").join(format!("{name}.safetensors"));
     let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     file.tensors()
         .into_iter()
         .map(|(name, view)| {
             assert_eq!(view.dtype(), safetensors::Dtype::F32);
-            let data = view.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect();
+            let data =
+                view.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect();
             (name, OracleTensor { shape: view.shape().to_vec(), data })
         })
         .collect()
@@ -250,8 +249,7 @@ impl OracleTensor {
     pub fn permute(&self, axes: &[usize], col_axes: usize) -> Value {
         assert_eq!(axes.len(), self.shape.len());
         let shape: Vec<usize> = axes.iter().map(|&a| self.shape[a]).collect();
-        let strides: Vec<usize> =
-            axes.iter().map(|&a| self.shape[a + 1..].iter().product::<usize>()).collect();
+        let strides: Vec<usize> = axes.iter().map(|&a| self.shape[a + 1..].iter().product::<usize>()).collect();
         let mut data = Vec::with_capacity(self.data.len());
         let mut index = vec![0usize; shape.len()];
         for _ in 0..self.data.len() {
