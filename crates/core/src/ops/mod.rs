@@ -3,6 +3,7 @@
 
 pub mod elementwise;
 pub mod layout;
+pub mod ssd;
 
 #[cfg(test)]
 pub(crate) mod testing;
