@@ -13,6 +13,7 @@ pub mod norm;
 mod vectors;
 pub mod selective_scan;
 pub(crate) mod tasks;
+pub mod ssd;
 
 #[cfg(test)]
 pub(crate) mod testing;
