@@ -10,5 +10,10 @@
 //! | [`records`] | metrics as JSON lines and TensorBoard events, the picture of the loss curves |
 //! | [`atomic`] | files that are either the old or the new one, never half of it |
 
+pub mod atomic;
+pub mod baseline;
+pub mod config;
 pub mod corpus;
 pub mod data;
+pub mod records;
+pub mod schedule;

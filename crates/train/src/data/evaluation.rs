@@ -58,7 +58,7 @@ impl Evaluation {
     }
 
     /// Bits per byte from the sum over all predicted tokens of the negative log-likelihood in nats. With
-    /// [`Boundary::StartAndEnd`](super::Boundary::StartAndEnd) this includes saying where documents end.
+    /// [`Boundary::StartAndEnd`](super::Boundary::StartAndEnd) this includes saying where documents end. Not a number without documents.
     pub fn bits_per_byte(&self, nats: f64) -> f64 {
         nats / std::f64::consts::LN_2 / self.bytes as f64
     }

@@ -61,7 +61,10 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
         let mut matches = glob::glob(&pattern)
             .map_err(|error| reason(error.msg.to_owned()))?
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| read_error(&error.path().to_path_buf(), error.into_error()))?;
+            .map_err(|error: glob::GlobError| DataError::Read {
+                path: error.path().to_path_buf(),
+                source: error.into(),
+            })?;
         // A pattern such as data/* also matches files of other kinds; only what it names by its ending must be text.
         matches.retain(|path| path.is_dir() || Kind::of(path).is_some());
         if matches.is_empty() {

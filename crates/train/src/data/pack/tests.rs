@@ -28,12 +28,12 @@ fn check(batch: &Batch, shape: Shape) {
     assert!(batch.cu_seqlens.windows(2).all(|w| w[0] < w[1]), "no segment is empty");
     // Every target is what follows in the document.
     for (tokens, targets) in segments(batch) {
-        let follows = |text: &&str| {
+        let follows = |text: &str| {
             let whole = format!("^{text}$");
             let mut starts = whole.match_indices(&tokens).map(|(at, _)| at);
             starts.any(|at| whole.get(at + 1..at + 1 + tokens.len()) == Some(&targets))
         };
-        assert!(TEXTS.iter().any(|text| follows(&text)), "{tokens} does not lead to {targets}");
+        assert!(TEXTS.iter().any(|text| follows(text)), "{tokens} does not lead to {targets}");
     }
 }
 
