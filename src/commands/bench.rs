@@ -104,7 +104,7 @@ fn prefill(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     }
     let tokens = args.batch * args.length;
     let peak_bytes = model.weights.bytes() + session.bytes();
-    let flops = session.cost_per_token() * tokens as f64;
+    let flops = session.flops_per_token() * tokens as f64;
     Ok(Found { seconds, tokens, peak_bytes, flops, bytes: 0.0 })
 }
 
@@ -133,7 +133,7 @@ fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     // Each step reads the weights once, and reads and writes every state.
     let read = model.weights.bytes() - untouched_bytes(model) + 2 * session.state_bytes();
     let bytes = (read * args.length) as f64;
-    let flops = session.cost_per_token() * tokens as f64;
+    let flops = session.flops_per_token() * tokens as f64;
     Ok(Found { seconds, tokens, peak_bytes, flops, bytes })
 }
 

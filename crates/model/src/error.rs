@@ -20,6 +20,8 @@ pub enum Error {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Hub(#[from] crate::hub::HubError),
+    #[error(transparent)]
+    Save(#[from] crate::atomic::SaveError),
     #[error("{path} {message}")]
     File { path: PathBuf, message: String },
     #[error("the state belongs to the model {found}, not to this one ({expected})")]

@@ -3,6 +3,7 @@
 //! A [`session::Model`] is a [`config::ModelConfig`] with [`weights::Weights`] on a device; a [`session::Session`] runs
 //! it on packs of tokens and holds the states of sequences. [`network`] writes a model as a graph.
 
+pub mod atomic;
 pub mod checkpoint;
 pub mod config;
 pub mod error;

@@ -76,6 +76,17 @@ impl<'m> Session<'m> {
         self.pool.bytes() + self.arena.bytes() + self.plans.values().map(|c| c.io.bytes()).sum::<usize>()
     }
 
+    /// Bytes of the states.
+    pub fn state_bytes(&self) -> usize {
+        self.pool.bytes()
+    }
+
+    /// Floating-point operations that a token needs, about: those of the largest plan so far.
+    pub fn flops_per_token(&self) -> f64 {
+        let largest = self.plans.iter().max_by_key(|(shape, _)| shape.tokens);
+        largest.map_or(0.0, |(shape, compiled)| compiled.plan.cost().flops / shape.tokens.max(1) as f64)
+    }
+
     /// The state of a slot.
     pub fn state(&self, slot: usize) -> State {
         let mut state = State::zero(&self.model.config, self.model.weights.fingerprint());

@@ -94,7 +94,7 @@ impl State {
         ];
         let metadata = metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
         let data = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::file(path, e))?;
-        crate::atomic::write(path, &data)
+        Ok(crate::atomic::write(path, &data)?)
     }
 
     /// Reads a file that [`State::save`] wrote. `model` is the fingerprint of the parameters it is to continue with:

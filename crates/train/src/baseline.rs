@@ -8,6 +8,8 @@ use std::io::{self, Write};
 use flate2::write::GzEncoder;
 use liblzma::write::XzEncoder;
 
+use serde::{Deserialize, Serialize};
+
 use crate::data::Document;
 
 /// How much of the training text is shown, in bytes: the dictionary of `xz -9`. Neither program can refer to what
@@ -15,7 +17,7 @@ use crate::data::Document;
 pub const SEEN: usize = 64 << 20;
 
 /// What a compressor needs for the held-out text.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
     /// Size of the held-out text in bytes.
     pub held_out: u64,

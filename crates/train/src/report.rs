@@ -6,6 +6,8 @@ use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::tokenizer::Tokenizer;
 
+use serde::{Deserialize, Serialize};
+
 use crate::baseline::Baseline;
 
 /// What will be trained and what it needs, before the first step.
@@ -53,6 +55,8 @@ pub struct StepReport {
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
+    /// Tokens of all steps so far.
+    pub tokens: u64,
     pub tokens_per_second: f64,
     /// Share of the device's measured peak.
     pub utilisation: f64,
@@ -77,7 +81,7 @@ pub struct EvaluationReport {
 }
 
 /// What compressors need for the held-out text, having seen the training text.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Baselines {
     pub gzip: Baseline,
     pub xz: Baseline,

@@ -378,6 +378,7 @@ impl Trainer {
             bits_per_byte: loss / std::f64::consts::LN_2 * tokens_per_byte.min(1.0),
             lr,
             gradient_norm: f64::from(norm),
+            tokens: self.progress.step * self.config.tokens_per_step(),
             tokens_per_second: self.config.tokens_per_step() as f64 / seconds,
             utilisation: flops / seconds / self.peak_flops,
             epochs: self.loader.epochs(),

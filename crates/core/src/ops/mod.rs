@@ -10,10 +10,11 @@ pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
-mod vectors;
 pub mod selective_scan;
-pub(crate) mod tasks;
 pub mod ssd;
 
+mod tasks;
+mod vectors;
+
 #[cfg(test)]
-pub(crate) mod testing;
+mod testing;

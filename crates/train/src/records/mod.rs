@@ -7,8 +7,11 @@ mod jsonl;
 mod plot;
 mod tensorboard;
 
+mod run;
+
 pub use jsonl::{Metrics, MetricsLog, read_metrics};
 pub use plot::LossPlot;
+pub use run::Records;
 pub use tensorboard::EventWriter;
 
 /// What can go wrong with the records of a run.
