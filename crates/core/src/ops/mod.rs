@@ -2,8 +2,10 @@
 //! reference and CPU kernels; `docs/adding-an-op.md` says how to add one.
 
 pub mod elementwise;
+pub mod gated_rms_norm;
 pub mod layout;
 pub mod ssd;
+pub mod swiglu;
 
 #[cfg(test)]
 pub(crate) mod testing;
