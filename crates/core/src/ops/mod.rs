@@ -7,11 +7,13 @@ pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gather_rows;
+pub mod gated_rms_norm;
 pub mod layout;
 pub mod linear;
 pub mod norm;
 pub mod selective_scan;
 pub mod ssd;
+pub mod swiglu;
 
 mod tasks;
 mod vectors;
