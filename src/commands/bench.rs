@@ -38,7 +38,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     if args.mode == Mode::Train && dtype == DType::BF16 {
-        return Err(Usage("training in bf16 needs a device with bf16 products; use --dtype f32 on the CPU".into()).into());
+        return Err(
+            Usage("training in bf16 needs a device with bf16 products; use --dtype f32 on the CPU".into()).into()
+        );
     }
     let form = if args.mode == Mode::Train { Form::Training } else { Form::Inference(dtype) };
     let model = load(name, device, form)?;
@@ -169,8 +171,13 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         human_bytes(plan.plan().unshared_bytes() as u64),
         human_bytes(device.available_memory())
     );
-    let arena = if plan.plan().arena_bytes() == arena_bytes { device.arena(plan.plan())? } else { device.arena(update.plan())? };
-    let [gradients, m, v] = [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
+    let arena = if plan.plan().arena_bytes() == arena_bytes {
+        device.arena(plan.plan())?
+    } else {
+        device.arena(update.plan())?
+    };
+    let [gradients, m, v] =
+        [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
     let pack = Pack::from_lengths(std::iter::repeat_n(args.length, args.batch))?;
     let mut seconds = Vec::new();
     for pass in 0..=args.repeat as u64 {

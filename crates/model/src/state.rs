@@ -110,7 +110,10 @@ impl State {
             return Err(not_a_state());
         }
         if field("version") != VERSION {
-            return Err(bad(format!("has version {} of the state format; this hognose reads {VERSION}", field("version"))));
+            return Err(bad(format!(
+                "has version {} of the state format; this hognose reads {VERSION}",
+                field("version")
+            )));
         }
         if field("model") != model {
             return Err(bad(format!(

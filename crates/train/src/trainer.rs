@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use hognose_core::graph::Recompute;
 use hognose_core::{Buffer, Device};
-use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
 
@@ -132,8 +131,7 @@ impl Trainer {
         };
         let bytes = weights.bytes();
         let (gradients, m, v) = (device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?);
-        let lanes =
-            if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
+        let lanes = if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
         let progress = match from {
             Some((checkpoint, progress)) => {
                 let lanes = lanes.as_ref().map(|l| l.pool.buffer());
@@ -194,12 +192,8 @@ impl Trainer {
     /// Plans a step and tells the observer, before anything runs: what does not fit is refused here.
     fn announce(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         self.setup.warnings.iter().for_each(|w| observer.note(w));
-        let mut plan = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
-        let (arena, unshared, cost) = {
-            let found = self.plans.get(&plan).ok_or_else(|| Error::Internal("a plan is missing".into()))?;
-            (found.plan().arena_bytes(), found.plan().unshared_bytes(), found.cost())
-        };
-        plan.1 = false;
+        let key = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
+        let found = &self.plans[&key];
         let held_out = self.setup.evaluation.as_ref().map(|e| e.0.bytes()).unwrap_or(0);
         let documents = self.setup.documents.as_ref();
         let persistent = 4 * self.model.weights.bytes() as u64;
@@ -208,10 +202,10 @@ impl Trainer {
             parameters: self.model.config.parameter_count(),
             model: self.model.config.clone(),
             persistent_bytes: persistent,
-            arena_bytes: arena as u64,
-            unshared_bytes: unshared as u64,
+            arena_bytes: found.plan().arena_bytes() as u64,
+            unshared_bytes: found.plan().unshared_bytes() as u64,
             available_bytes: device.available_memory(),
-            step_flops: cost.flops * self.config.accumulation as f64,
+            step_flops: found.cost().flops * self.config.accumulation as f64,
             peak_flops: self.peak_flops,
             step_tokens: self.config.tokens_per_step(),
             steps: self.progress.schedule.steps,
@@ -224,7 +218,6 @@ impl Trainer {
             data: self.setup.source.clone(),
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
         });
-        let found = &self.plans[&plan_key(self.config.batch, self.config.accumulation > 1)];
         grow(device, &mut self.arena, found)
     }
 
@@ -304,9 +297,8 @@ impl Trainer {
     fn step(&mut self, run: &RunFolder) -> Result<StepReport, Error> {
         let start = Instant::now();
         let step = self.progress.step;
-        let batches: Vec<Batch> = (0..self.config.accumulation)
-            .map(|_| self.loader.next_batch())
-            .collect::<Result<_, _>>()?;
+        let batches: Vec<Batch> =
+            (0..self.config.accumulation).map(|_| self.loader.next_batch()).collect::<Result<_, _>>()?;
         let predicted: usize = batches.iter().map(Batch::predicted).sum();
         let loss_scale = if predicted == 0 { 0.0 } else { 1.0 / predicted as f32 };
         let mut loss = 0.0;
@@ -426,8 +418,7 @@ impl Trainer {
 
     fn save(&mut self, run: &RunFolder, observer: &mut dyn Observer) -> Result<(), Error> {
         self.progress.elapsed = self.elapsed();
-        let optimizer =
-            OptimizerState { m: &self.m, v: &self.v, lanes: self.lanes.as_ref().map(|l| l.pool.buffer()) };
+        let optimizer = OptimizerState { m: &self.m, v: &self.v, lanes: self.lanes.as_ref().map(|l| l.pool.buffer()) };
         let files = self.setup.tokenizer.files();
         let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
         let folder = run.save(&self.model.config, &self.model.weights, optimizer, &self.progress, &extra)?;
@@ -523,4 +514,3 @@ fn compress(training: Vec<Document>, held_out: Vec<Document>) -> Receiver<std::i
     });
     receiver
 }
-
