@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::super::isa::{Isa, Kernel};
 use super::super::pool::Pool;
 use super::super::simd::{Element, Simd};
+use super::Start;
 use super::kernel::{Block, From, Left, Weight, panel_columns, tile_rows};
 use super::matrix::{MatMut, MatRef};
 use super::pack::Pack;
@@ -42,14 +43,6 @@ pub(super) enum Right<'a, W> {
     /// Panels over all of k.
     Packed(&'a [W]),
     Strided(MatRef<'a>),
-}
-
-/// Where the sums start.
-#[derive(Clone, Copy)]
-pub(super) enum Init<'a> {
-    Zero,
-    C,
-    Bias(&'a [f32]),
 }
 
 /// The pieces a task needs, sent by address.
@@ -95,12 +88,12 @@ fn with_workspace<T>(len: usize, f: impl FnOnce(*mut f32) -> T) -> T {
     result
 }
 
-/// C = init + A · B. Shapes have been checked; neither m nor n is 0.
+/// C = start + A · B. Shapes have been checked; neither m nor n is 0.
 pub(super) fn drive<W: Weight>(
     pool: Option<&Pool>,
     isa: Isa,
     mut c: MatMut<'_>,
-    init: Init<'_>,
+    start: Start<'_>,
     a: MatRef<'_>,
     b: Right<'_, W>,
     tile_rows: usize,
@@ -112,7 +105,7 @@ pub(super) fn drive<W: Weight>(
     let threads = pool.map_or(1, Pool::threads);
     let width = panel_columns(isa.lanes());
     let c_stride = c.row_stride();
-    let product = Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, init, a, n, tile_rows, width };
+    let product = Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, start, a, n, tile_rows, width };
     match b {
         Right::Strided(b) if m <= tile_rows || (m <= TASK_ROWS && (pool.is_none() || n >= 2 * threads * width)) => {
             product.by_panels(b);
@@ -128,7 +121,7 @@ struct Product<'a> {
     isa: Isa,
     c: Shared<*mut f32>,
     c_stride: usize,
-    init: Init<'a>,
+    start: Start<'a>,
     a: MatRef<'a>,
     n: usize,
     tile_rows: usize,
@@ -278,11 +271,11 @@ impl Product<'_> {
 
     /// Where the sums start at a column and a step of k: later blocks of k go on from C.
     fn from(&self, column: usize, step: usize) -> From {
-        match self.init {
-            Init::C => From::C,
+        match self.start {
+            Start::C => From::C,
             _ if step > 0 => From::C,
-            Init::Zero => From::Zero,
-            Init::Bias(bias) => From::Bias(bias[column..].as_ptr()),
+            Start::Zero => From::Zero,
+            Start::Bias(bias) => From::Bias(bias[column..].as_ptr()),
         }
     }
 }
