@@ -6,9 +6,13 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::cpu::Cpu;
-use crate::dtype::Element;
+use half::bf16;
+
+use crate::cpu::ceiling::Ceiling;
+use crate::cpu::{Cpu, gemm};
+use crate::dtype::{DType, Element};
 use crate::error::{Error, human_bytes};
+use crate::graph::Layout as MatrixLayout;
 use crate::plan::Plan;
 
 /// Alignment of buffers in bytes: a page, so that large ones start on one.
@@ -76,10 +80,15 @@ impl Buffer {
 
     /// Copies elements in, starting at byte `offset`. Panics if they do not fit.
     pub fn write<T: Element>(&self, offset: usize, values: &[T]) {
-        let bytes = size_of_val(values);
-        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
+        // SAFETY: an Element is plain bytes.
+        self.write_bytes(offset, unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) });
+    }
+
+    /// Copies bytes in, starting at byte `offset`. Panics if they do not fit.
+    pub fn write_bytes(&self, offset: usize, from: &[u8]) {
+        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
         // SAFETY: the range lies inside the buffer, and nobody else reads or writes it now (the buffer is not Sync).
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), self.ptr.as_ptr().add(offset), bytes) }
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr().add(offset), from.len()) }
     }
 
     /// Copies `out.len()` elements out, starting at byte `offset`. Panics if there are fewer.
@@ -97,13 +106,28 @@ impl Buffer {
         out
     }
 
+    /// All bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // SAFETY: the whole buffer is readable, and nobody writes it now.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.bytes) }.to_vec()
+    }
+
     /// Sets every byte to zero.
     pub fn clear(&self) {
         // SAFETY: the whole buffer is ours, and nobody else uses it now.
         unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.bytes) }
     }
 
-    /// The bytes, for code that fills or packs them in place.
+    /// `len` elements from byte `offset` on, to fill in place.
+    fn elements_mut<T: Element>(&mut self, offset: usize, len: usize) -> &mut [T] {
+        let end = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(offset));
+        assert!(end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(align_of::<T>()));
+        // SAFETY: the range lies inside the buffer and is aligned, any bytes are a valid T, and `&mut self` makes the
+        // borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(offset).cast(), len) }
+    }
+
+    /// The bytes, for code that fills them in place.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the buffer owns these bytes, and `&mut self` makes the borrow exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.bytes) }
@@ -128,6 +152,60 @@ impl Device {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
+        }
+    }
+
+    /// What the device can do, measured now: operations and bytes a second.
+    pub fn measure_ceiling(&self) -> Ceiling {
+        match self {
+            Device::Cpu(cpu) => Ceiling::measure(cpu),
+        }
+    }
+
+    /// The device in a few words, for records: `cpu, 2 threads, avx512`.
+    pub fn describe(&self) -> String {
+        match self {
+            Device::Cpu(cpu) => format!("cpu, {} threads, {}", cpu.pool.threads(), cpu.isa),
+        }
+    }
+
+    /// Bytes of a matrix `[rows, cols]` in this type and layout.
+    pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
+        let Device::Cpu(cpu) = self;
+        let elements = match layout {
+            MatrixLayout::Rows => rows * cols,
+            MatrixLayout::Panels => gemm::packed_len(cpu.isa, cols, rows),
+        };
+        elements * dtype.size()
+    }
+
+    /// Stores a row-major matrix `[rows, cols]` at byte `offset` in the type and layout that a plan expects of an
+    /// external tensor. Numbers are rounded to nearest where the type is narrower.
+    ///
+    /// Panics if `values` has not `rows · cols` numbers, or if they do not fit into the buffer.
+    pub fn write_matrix(
+        &self,
+        buffer: &mut Buffer,
+        offset: usize,
+        (dtype, layout): (DType, MatrixLayout),
+        (rows, cols): (usize, usize),
+        values: &[f32],
+    ) {
+        let Device::Cpu(cpu) = self;
+        let bytes = self.matrix_bytes(dtype, layout, rows, cols);
+        let weight = gemm::MatRef::new(values, rows, cols).t();
+        match (layout, dtype) {
+            (MatrixLayout::Panels, DType::BF16) => {
+                gemm::pack_into::<f32, bf16>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 2));
+            }
+            (MatrixLayout::Panels, _) => {
+                gemm::pack_into::<f32, f32>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 4));
+            }
+            (MatrixLayout::Rows, DType::BF16) => {
+                let narrow: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+                buffer.write(offset, &narrow);
+            }
+            (MatrixLayout::Rows, _) => buffer.write(offset, values),
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, gemm};
 use crate::cpu::isa::Isa;
 use crate::error::Error;
 use crate::graph::{Cost, Graph, Io, Layout, Mat, Node, Place, TensorId};
@@ -88,7 +88,7 @@ impl Plan {
         let tensor = self.graph.tensor(t);
         match tensor.layout {
             Layout::Rows => tensor.bytes(),
-            Layout::Panels => tensor.rows.next_multiple_of(2 * self.isa.lanes()) * tensor.cols * tensor.dtype.size(),
+            Layout::Panels => gemm::packed_len(self.isa, tensor.cols, tensor.rows) * tensor.dtype.size(),
         }
     }
 

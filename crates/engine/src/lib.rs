@@ -1,1 +1,10 @@
-//! Sampling and generation.
+//! Sampling and generation: token ids in, token ids out; texts only at the edge ([`text`]).
+
+pub mod error;
+pub mod generate;
+pub mod sampling;
+pub mod text;
+
+pub use error::Error;
+pub use generate::{Finish, GenerateOptions, Generated, generate};
+pub use sampling::{Sampler, Sampling};

@@ -106,6 +106,11 @@ pub trait Op: Debug + Send + Sync {
         wanted: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error>;
 
+    /// The number that all elements of the op's output equal, if that is known while recording.
+    fn constant(&self) -> Option<f32> {
+        None
+    }
+
     /// Scratch bytes needed while the op runs on the CPU. Must not depend on the number of threads where results do.
     fn workspace(&self, _graph: &Graph, _node: &Node, _cpu: &Cpu) -> usize {
         0
@@ -228,6 +233,16 @@ impl Graph {
         self.add_tensor(Tensor { rows, cols, dtype, layout, place: Place::View { of, col } })
     }
 
+    /// A tensor for the new value of the external `t`, stored over the old one: the output of an op that updates it in
+    /// place and reads the old value as an input. The plan refuses a graph in which a later op still reads the old value.
+    pub fn in_place(&mut self, t: TensorId) -> Result<TensorId, Error> {
+        if !matches!(self.tensor(t).place, Place::External(_)) {
+            let message = "only external tensors can be updated in place".into();
+            return Err(Error::Unsupported { op: "in_place", message });
+        }
+        Ok(self.view(t, 0, self.cols(t)))
+    }
+
     /// Stores `t` in columns `col ..` of `dest` without a copy, if the tensor's storage is still free to choose.
     ///
     /// It is free if an op produces it into the arena and it was not placed before. Returns whether it was placed.
@@ -280,6 +295,11 @@ impl Graph {
         if let Some(start) = self.open_region.take() {
             self.regions.push(start..self.nodes.len());
         }
+    }
+
+    /// The number that all elements of `t` equal, if an op gives a known constant.
+    pub fn constant(&self, t: TensorId) -> Option<f32> {
+        self.nodes.iter().rev().find(|n| n.outputs.contains(&Some(t)))?.op.constant()
     }
 
     /// The tensor whose storage `t` lives in (itself, if it is no view) and the column where it starts.

@@ -50,10 +50,13 @@ pub fn scale(g: &mut Graph, x: TensorId, factor: f32) -> Result<TensorId, Error>
     Ok(out)
 }
 
-/// s · x for a scalar tensor `s` [1, 1]. Differentiable in x only: it serves gradients that scale with a loss's.
+/// s · x for a scalar tensor `s` [1, 1]; x itself where s is known to be one. Differentiable in x only: it serves gradients that scale with a loss's.
 pub fn scale_by(g: &mut Graph, x: TensorId, s: TensorId) -> Result<TensorId, Error> {
     g.expect_dtype("scale_by", "x", x, DType::F32)?;
     g.expect_f32("scale_by", "s", s, Some(1), Some(1))?;
+    if g.constant(s) == Some(1.0) {
+        return Ok(x);
+    }
     let out = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
     g.push(ScaleBy, vec![Some(x), Some(s)], vec![Some(out)]);
     Ok(out)
@@ -110,6 +113,10 @@ impl Op for Fill {
         _: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
         Ok(vec![])
+    }
+
+    fn constant(&self) -> Option<f32> {
+        Some(self.value)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -405,6 +412,15 @@ impl Partials {
     pub unsafe fn row_mut<'a>(&self, r: usize) -> &'a mut [f32] {
         // SAFETY: the caller keeps the row to itself.
         unsafe { self.mat.row_mut(r) }
+    }
+
+    /// Row `r`, for several tasks to read.
+    ///
+    /// # Safety
+    /// Nobody may write the row meanwhile.
+    pub unsafe fn row<'a>(&self, r: usize) -> &'a [f32] {
+        // SAFETY: the caller vouches that nobody writes the row.
+        unsafe { self.mat.row(r) }
     }
 }
 

@@ -1,11 +1,20 @@
 //! The ops: a closed, small set. Each folder or file holds one op's formula, shapes, builder, gradient, plain
 //! reference and CPU kernels; `docs/adding-an-op.md` says how to add one.
 
+pub mod adamw;
 pub mod causal_conv1d;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod elementwise;
+pub mod embedding;
+pub mod gated_rms_norm;
+pub mod gather_rows;
 pub mod layout;
+pub mod linear;
+pub mod norm;
 pub mod selective_scan;
-pub(crate) mod tasks;
+pub mod ssd;
+pub mod swiglu;
 
 #[cfg(test)]
-pub(crate) mod testing;
+mod testing;

@@ -9,7 +9,7 @@ use crate::cpu::Cpu;
 use crate::cpu::isa::Isa;
 use crate::cpu::pool::Pool;
 use crate::dtype::DType;
-use crate::graph::Recompute;
+use crate::graph::{Layout, Recompute};
 use crate::{Device, Graph, Slice, TensorId, rng};
 
 /// A matrix of test values; token ids and offsets are held as f64, too.
@@ -78,6 +78,13 @@ impl Case {
         t
     }
 
+    /// A matrix of weights packed into panels, in the value's type.
+    pub fn packed(&mut self, name: &str, value: &Value) -> TensorId {
+        let t = self.graph.external_with_layout(name, value.dtype, value.rows, value.cols, Layout::Panels);
+        self.values.push((t, value.clone()));
+        t
+    }
+
     pub fn output(&mut self, name: &str, t: TensorId) {
         let dest = self.graph.output(name, t).unwrap();
         self.outputs.push((name.to_string(), dest));
@@ -108,23 +115,24 @@ impl Case {
         // Garbage in the arena shows kernels that read what they did not write.
         let mut arena = device.alloc(plan.arena_bytes()).unwrap();
         arena.bytes_mut().fill(0xFF);
-        let buffers: Vec<_> =
-            plan.graph()
-                .externals()
-                .iter()
-                .map(|e| {
-                    let buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
-                    if let Some((_, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
-                        match value.dtype {
-                            DType::F32 => buffer.write(0, &value.data.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-                            DType::I32 => buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>()),
-                            DType::BF16 => buffer
-                                .write(0, &value.data.iter().map(|&v| half::bf16::from_f64(v)).collect::<Vec<_>>()),
-                        }
+        let buffers: Vec<_> = plan
+            .graph()
+            .externals()
+            .iter()
+            .map(|e| {
+                let mut buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
+                if let Some((t, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
+                    if value.dtype == DType::I32 {
+                        buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>());
+                    } else {
+                        let form = (value.dtype, plan.graph().tensor(*t).layout);
+                        let values: Vec<f32> = value.data.iter().map(|&v| v as f32).collect();
+                        device.write_matrix(&mut buffer, 0, form, (value.rows, value.cols), &values);
                     }
-                    buffer
-                })
-                .collect();
+                }
+                buffer
+            })
+            .collect();
         let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
         device.run(&plan, &arena, &bindings).unwrap();
         let mut out = BTreeMap::new();

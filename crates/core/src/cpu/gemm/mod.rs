@@ -1,0 +1,125 @@
+//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16.
+//!
+//! A and B are views with any strides, so x · Wᵀ, dy · W and dyᵀ · x are one function; weights that are used often
+//! are packed once ([`PackedMatrix`]). The scheme is that of BLIS (Van Zee and van de Geijn, 2015): panels of A and B
+//! packed for the caches, tiles of C in registers, threads over tiles.
+//!
+//! # Invariants
+//! Every element of C is one sequential chain of fused multiply-adds over ascending k, begun with its start value
+//! (0, C or bias) and never split. So its bits depend on its row of A, its column of B and the level of instructions
+//! alone: not on m, n, strides, packing, the number of threads, or the place in C. Blocks of k go on where the ones
+//! before left off, in C. ([`Isa::Portable`] rounds products before adding.)
+//!
+//! # Error
+//! |computed − exact| ≤ (k + 1) · 2⁻²⁴ · (|start| + Σ |a| |b|) to first order; twice that for `Isa::Portable`.
+
+mod drive;
+mod kernel;
+mod matrix;
+mod pack;
+mod packed;
+#[cfg(test)]
+mod tests;
+
+use super::Cpu;
+use super::isa::Isa;
+use super::pool::Pool;
+use drive::{Init, Right, drive, rows_of_tile};
+
+pub use kernel::Weight;
+pub use matrix::{MatMut, MatRef};
+pub use packed::{Data, PackedBuffer, PackedMatrix, pack_into, packed_len};
+
+/// The right-hand side of a product, `[k, n]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Rhs<'a> {
+    /// A view with any strides.
+    Strided(MatRef<'a>),
+    /// A matrix packed for the level of instructions in use.
+    Packed(PackedMatrix<'a>),
+}
+
+impl Rhs<'_> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Rhs::Strided(b) => (b.rows(), b.cols()),
+            Rhs::Packed(b) => (b.k(), b.n()),
+        }
+    }
+}
+
+impl<'a> From<MatRef<'a>> for Rhs<'a> {
+    fn from(b: MatRef<'a>) -> Rhs<'a> {
+        Rhs::Strided(b)
+    }
+}
+
+impl<'a> From<PackedMatrix<'a>> for Rhs<'a> {
+    fn from(b: PackedMatrix<'a>) -> Rhs<'a> {
+        Rhs::Packed(b)
+    }
+}
+
+/// What the sums over k start from.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// C = A · B; what C held does not count.
+    Zero,
+    /// C = C + A · B: accumulation of gradients, or a residual already in C.
+    C,
+    /// C = bias + A · B, the bias `[n]` added to every row; what C held does not count.
+    Bias(&'a [f32]),
+}
+
+/// C[m, n] = start + A[m, k] · B[k, n] on all threads. Any of m, n and k may be 0; with k = 0 C becomes its start.
+///
+/// # Panics
+/// Where shapes do not fit together, or B was packed for another level of instructions.
+pub fn gemm<'a>(cpu: &Cpu, c: MatMut<'_>, start: Start<'_>, a: MatRef<'_>, b: impl Into<Rhs<'a>>) {
+    product(Some(&cpu.pool), cpu.isa, c, start, a, b.into());
+}
+
+/// [`gemm`] on the calling thread alone, for use inside tasks. Allocates nothing once a thread has seen the largest
+/// shape it is used for.
+///
+/// # Panics
+/// As [`gemm`].
+pub fn gemm_serial<'a>(isa: Isa, c: MatMut<'_>, start: Start<'_>, a: MatRef<'_>, b: impl Into<Rhs<'a>>) {
+    product(None, isa, c, start, a, b.into());
+}
+
+fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: MatRef<'_>, b: Rhs<'_>) {
+    let (k, n) = b.shape();
+    assert!(
+        c.rows() == a.rows() && c.cols() == n && a.cols() == k,
+        "C {} × {} does not fit A {} × {} and B {k} × {n}",
+        c.rows(),
+        c.cols(),
+        a.rows(),
+        a.cols()
+    );
+    if let Start::Bias(bias) = start {
+        assert_eq!(bias.len(), n, "the bias needs a value for every column");
+    }
+    if c.rows() == 0 || n == 0 {
+        return;
+    }
+    let init = match start {
+        Start::Zero => Init::Zero,
+        Start::C => Init::C,
+        Start::Bias(bias) => Init::Bias(bias),
+    };
+    // A level this machine lacks runs as the portable one, and must be packed for as such.
+    let isa = if isa.is_available() { isa } else { Isa::Portable };
+    let rows = rows_of_tile(isa);
+    match b {
+        Rhs::Strided(b) => drive::<f32>(pool, isa, c, init, a, Right::Strided(b), rows),
+        Rhs::Packed(b) => {
+            assert_eq!(b.lanes(), isa.lanes(), "B was packed for another level of instructions");
+            match b.data() {
+                Data::F32(data) => drive(pool, isa, c, init, a, Right::Packed(data), rows),
+                Data::Bf16(data) => drive(pool, isa, c, init, a, Right::Packed(data), rows),
+            }
+        }
+    }
+}

@@ -1,0 +1,51 @@
+use super::{gather_rows, reference};
+use crate::graph::Recompute;
+use crate::ops::testing::{Case, Value, check_op};
+
+/// Rows are copied.
+const BOUND: f64 = 0.0;
+/// Bound of the gradient, a sum of a few rows, against finite differences in f64.
+const GRADIENT_BOUND: f64 = 1e-6;
+
+fn ints(v: &Value) -> Vec<i32> {
+    v.data.iter().map(|&i| i as i32).collect()
+}
+
+#[test]
+fn rows_that_repeat_add_up_in_the_gradient() {
+    for (n, d, rows) in
+        [(1, 1, vec![0]), (5, 7, vec![4, 0, 4, 4, 2]), (200, 530, vec![199, 3, 64, 65, 3]), (3, 2, vec![])]
+    {
+        check_op(
+            &[("x", Value::random(n, d, 1)), ("rows", Value::ints(&rows))],
+            &["x"],
+            |g, t| vec![gather_rows(g, t[0], t[1]).unwrap()],
+            |v| vec![Value::new(rows.len(), d, reference::gather_rows(&v[0].data, d, &ints(&v[1])))],
+            (BOUND, GRADIENT_BOUND),
+        );
+    }
+}
+
+#[test]
+fn rows_that_do_not_exist_are_nan_and_have_no_gradient() {
+    let mut case = Case::new();
+    let x = case.input("x", &Value::random(3, 2, 1));
+    let rows = case.input("rows", &Value::ints(&[3, -1, i32::MIN, i32::MAX, 1]));
+    let seed = case.input("seed", &Value::new(5, 2, vec![1.0; 10]));
+    let y = gather_rows(&mut case.graph, x, rows).unwrap();
+    let dx = case.graph.backward(&[(y, seed)], &[x], Recompute::Nothing).unwrap()[0].unwrap();
+    case.output("y", y);
+    case.output("dx", dx);
+    let out = case.run();
+    assert!(out["y"].data[..8].iter().all(|v| v.is_nan()));
+    assert!(out["y"].data[8..].iter().all(|v| !v.is_nan()));
+    assert_eq!(out["dx"].data, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+}
+
+#[test]
+fn row_numbers_must_be_integers_in_one_row() {
+    let mut case = Case::new();
+    let x = case.input("x", &Value::random(3, 2, 1));
+    let message = gather_rows(&mut case.graph, x, x).unwrap_err().to_string();
+    assert_eq!(message, "gather_rows: the row numbers must hold i32, but holds f32");
+}

@@ -1,0 +1,234 @@
+//! Linear layers: y = x · Wᵀ + bias, and the products of its gradient.
+//!
+//! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32 or bf16, widened exactly), bias `[1, N]`,
+//! y `[T, N]`; sums are f32 chains over k in order, so a row of y has the same bits whatever other rows there are.
+//! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy.
+
+use half::bf16;
+
+use crate::cpu::Cpu;
+use crate::cpu::gemm::{MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
+use crate::dtype::DType;
+use crate::error::Error;
+use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
+use crate::ops::elementwise;
+
+/// y = x · Wᵀ (+ bias).
+pub fn linear(g: &mut Graph, x: TensorId, weight: TensorId, bias: Option<TensorId>) -> Result<TensorId, Error> {
+    let (n, k) = (g.rows(weight), g.cols(weight));
+    g.expect_f32("linear", "x", x, None, Some(k))?;
+    let w = g.tensor(weight);
+    if !(w.dtype == DType::F32 || w.dtype == DType::BF16 && w.layout == Layout::Panels) {
+        let message = format!("the weight must be f32, or bf16 in panels, but is {} {:?}", w.dtype, w.layout);
+        return Err(Error::Unsupported { op: "linear", message });
+    }
+    if let Some(bias) = bias {
+        g.expect_f32("linear", "the bias", bias, Some(1), Some(n))?;
+    }
+    let y = g.new_tensor(DType::F32, g.rows(x), n);
+    g.push(Linear, vec![Some(x), Some(weight), bias], vec![Some(y)]);
+    Ok(y)
+}
+
+/// The right-hand side Wᵀ `[K, N]` of a product with a weight W `[N, K]` in memory.
+///
+/// # Safety
+/// Nobody may write the weight while the result is in use.
+pub(crate) unsafe fn transposed<'a>(weight: Mat, cpu: &Cpu) -> Rhs<'a> {
+    let (n, k) = (weight.rows, weight.cols);
+    match (weight.layout, weight.dtype) {
+        (Layout::Rows, _) => Rhs::Strided(unsafe { view(weight) }.t()),
+        (Layout::Panels, DType::BF16) => {
+            // SAFETY: a packed matrix has this many elements; the caller keeps them unchanged.
+            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<bf16>(), packed_len(cpu.isa, k, n)) };
+            Rhs::Packed(PackedMatrix::new(cpu.isa, k, n, data))
+        }
+        (Layout::Panels, _) => {
+            // SAFETY: as above.
+            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<f32>(), packed_len(cpu.isa, k, n)) };
+            Rhs::Packed(PackedMatrix::new(cpu.isa, k, n, data))
+        }
+    }
+}
+
+/// A row-major f32 matrix as the matrix product reads it.
+///
+/// # Safety
+/// Nobody may write it while the result is in use.
+pub(crate) unsafe fn view<'a>(m: Mat) -> MatRef<'a> {
+    // SAFETY: a Mat describes valid memory; the caller keeps it unchanged.
+    unsafe { MatRef::from_raw(m.ptr::<f32>(), m.rows, m.cols, m.stride, 1) }
+}
+
+/// A row-major f32 matrix as the matrix product writes it.
+///
+/// # Safety
+/// Nobody else may touch it while the result is in use.
+pub(crate) unsafe fn view_mut<'a>(m: Mat) -> MatMut<'a> {
+    // SAFETY: a Mat describes valid memory with rows that do not overlap; the caller keeps it to itself.
+    unsafe { MatMut::from_raw(m.ptr::<f32>(), m.rows, m.cols, m.stride) }
+}
+
+#[derive(Debug)]
+struct Linear;
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn backward(
+        &self,
+        g: &mut Graph,
+        node: &Node,
+        d_outputs: &[Option<TensorId>],
+        wanted: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        let Some(dy) = d_outputs[0] else { return Ok(vec![None; 3]) };
+        let (x, weight) = (node.input(0), node.input(1));
+        let mut d_inputs = vec![None; 3];
+        if wanted[0] {
+            let w = g.tensor(weight);
+            if w.layout != Layout::Rows || w.dtype != DType::F32 {
+                let message = "gradients need the weight as row-major f32".into();
+                return Err(Error::Unsupported { op: "linear", message });
+            }
+            let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+            g.push(LinearDx, vec![Some(dy), Some(weight)], vec![Some(dx)]);
+            d_inputs[0] = Some(dx);
+        }
+        if wanted[1] {
+            let dw = g.new_tensor(DType::F32, g.rows(weight), g.cols(weight));
+            g.push(LinearDw, vec![Some(dy), Some(x)], vec![Some(dw)]);
+            d_inputs[1] = Some(dw);
+        }
+        if wanted[2] {
+            d_inputs[2] = Some(elementwise::column_sums(g, dy)?);
+        }
+        Ok(d_inputs)
+    }
+
+    fn flops(&self, g: &Graph, node: &Node) -> f64 {
+        product_flops(g, node.input(0), g.rows(node.input(1)))
+    }
+
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        let (x, weight, y) = (io.input(0), io.input(1), io.output(0));
+        // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
+        unsafe {
+            let start = io.optional_input(2).map_or(Start::Zero, |bias| Start::Bias(bias.row(0)));
+            gemm(cpu, view_mut(y), start, view(x), transposed(weight, cpu));
+        }
+    }
+}
+
+/// 2 · rows · cols · n.
+fn product_flops(g: &Graph, a: TensorId, n: usize) -> f64 {
+    2.0 * g.rows(a) as f64 * g.cols(a) as f64 * n as f64
+}
+
+/// dx = dy · W.
+#[derive(Debug)]
+struct LinearDx;
+
+impl Op for LinearDx {
+    fn name(&self) -> &'static str {
+        "linear_dx"
+    }
+
+    fn backward(
+        &self,
+        _: &mut Graph,
+        _: &Node,
+        _: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
+    }
+
+    fn flops(&self, g: &Graph, node: &Node) -> f64 {
+        product_flops(g, node.input(0), g.cols(node.input(1)))
+    }
+
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
+        unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)), view(io.input(1))) }
+    }
+}
+
+/// dW = dyᵀ · x: sums over tokens in order.
+#[derive(Debug)]
+struct LinearDw;
+
+impl Op for LinearDw {
+    fn name(&self) -> &'static str {
+        "linear_dw"
+    }
+
+    fn backward(
+        &self,
+        _: &mut Graph,
+        _: &Node,
+        _: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
+    }
+
+    fn flops(&self, g: &Graph, node: &Node) -> f64 {
+        product_flops(g, node.input(0), g.cols(node.input(1)))
+    }
+
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
+        unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)).t(), view(io.input(1))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::layout::split;
+    use crate::ops::testing::{Value, check_op};
+
+    /// Error bound of values and gradients against f64, for sums of up to a hundred products.
+    const BOUND: (f64, f64) = (2e-6, 4e-6);
+
+    fn reference(v: &[Value]) -> Vec<Value> {
+        let (x, w) = (&v[0], &v[1]);
+        let mut y = Value::new(x.rows, w.rows, vec![0.0; x.rows * w.rows]);
+        for t in 0..x.rows {
+            for n in 0..w.rows {
+                let sum: f64 = (0..w.cols).map(|k| x.at(t, k) * w.at(n, k)).sum();
+                y.data[t * w.rows + n] = sum + v.get(2).map_or(0.0, |b| b.at(0, n));
+            }
+        }
+        vec![y]
+    }
+
+    #[test]
+    fn values_and_gradients() {
+        for (t, k, n) in [(1, 1, 1), (7, 33, 5), (40, 9, 70)] {
+            let inputs =
+                [("x", Value::random(t, k, 1)), ("w", Value::random(n, k, 2)), ("bias", Value::random(1, n, 3))];
+            let with_bias = |g: &mut Graph, i: &[TensorId]| vec![linear(g, i[0], i[1], Some(i[2])).unwrap()];
+            check_op(&inputs, &["x", "w", "bias"], with_bias, reference, BOUND);
+            let without = |g: &mut Graph, i: &[TensorId]| vec![linear(g, i[0], i[1], None).unwrap()];
+            check_op(&inputs[..2], &["x", "w"], without, reference, BOUND);
+        }
+    }
+
+    #[test]
+    fn column_views_as_input_and_gradient() {
+        let inputs = [("x", Value::random(6, 10, 1)), ("w", Value::random(4, 3, 2))];
+        let build = |g: &mut Graph, i: &[TensorId]| {
+            let parts = split(g, i[0], &[2, 3, 5]).unwrap();
+            vec![linear(g, parts[1], i[1], None).unwrap()]
+        };
+        let reference = |v: &[Value]| {
+            let middle = (0..6).flat_map(|r| (2..5).map(move |c| v[0].at(r, c))).collect();
+            reference(&[Value::new(6, 3, middle), v[1].clone()])
+        };
+        check_op(&inputs, &["x", "w"], build, reference, BOUND);
+    }
+}

@@ -1,0 +1,161 @@
+//! A model's parameters in the memory of a device, in one buffer.
+
+use std::collections::BTreeMap;
+
+use hognose_core::graph::Layout;
+use hognose_core::{Buffer, DType, Device, Slice};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{ModelConfig, ParamKind, ParamSpec};
+use crate::error::Error;
+use crate::init;
+
+/// Alignment of every tensor inside the buffer, in bytes.
+const ALIGNMENT: usize = 64;
+/// Values of a tensor that go into the fingerprint.
+const FINGERPRINT_SAMPLES: usize = 1024;
+
+/// How parameters lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// f32 and row-major, as the optimizer updates them.
+    Training,
+    /// Matrices in this type and packed for the matrix product, A_log replaced by A = −exp(A_log); the rest in f32.
+    Inference(DType),
+}
+
+impl Form {
+    /// Type and layout of a parameter.
+    pub fn of(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+        match (self, spec.kind) {
+            (Form::Inference(dtype), ParamKind::Matrix) => (dtype, Layout::Panels),
+            // A tied embedding is a matrix of a product, too; an untied one is only looked up.
+            (Form::Inference(dtype), ParamKind::Embedding) if config.tie_embeddings => (dtype, Layout::Panels),
+            (Form::Inference(dtype), ParamKind::Embedding) => (dtype, Layout::Rows),
+            _ => (DType::F32, Layout::Rows),
+        }
+    }
+}
+
+/// A parameter's shape as the graph has it: vectors are one row, and all axes but the first form the columns.
+pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
+    match shape {
+        [] => (1, 1),
+        [n] => (1, *n),
+        [rows, rest @ ..] => (*rows, rest.iter().product()),
+    }
+}
+
+/// The parameters of a model.
+#[derive(Debug)]
+pub struct Weights {
+    form: Form,
+    buffer: Buffer,
+    entries: BTreeMap<String, Entry>,
+    hasher: blake3::Hasher,
+}
+
+#[derive(Debug)]
+struct Entry {
+    spec: ParamSpec,
+    offset: usize,
+    dtype: DType,
+    layout: Layout,
+}
+
+impl Weights {
+    /// Memory for the parameters of a model, all zero.
+    pub fn zeros(device: &Device, config: &ModelConfig, form: Form) -> Result<Weights, Error> {
+        let mut entries = BTreeMap::new();
+        let mut offset = 0;
+        for spec in config.parameters() {
+            let (dtype, layout) = form.of(&spec, config);
+            let (rows, cols) = matrix_shape(&spec.shape);
+            let bytes = device.matrix_bytes(dtype, layout, rows, cols).next_multiple_of(ALIGNMENT);
+            entries.insert(spec.name.clone(), Entry { spec, offset, dtype, layout });
+            offset += bytes;
+        }
+        let hasher = blake3::Hasher::new();
+        Ok(Weights { form, buffer: device.alloc(offset)?, entries, hasher })
+    }
+
+    /// Loads a checkpoint.
+    pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
+        let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
+        Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)
+    }
+
+    /// Starting values from a seed.
+    pub fn initialise(device: &Device, config: &ModelConfig, form: Form, seed: u64) -> Result<Weights, Error> {
+        Weights::zeros(device, config, form)?.fill(device, init::initialise(config, seed).map(Ok))
+    }
+
+    /// Fills the memory with tensors given in the order of [`ModelConfig::parameters`].
+    fn fill(
+        mut self,
+        device: &Device,
+        tensors: impl Iterator<Item = Result<(String, Vec<f32>), Error>>,
+    ) -> Result<Weights, Error> {
+        for tensor in tensors {
+            let (name, values) = tensor?;
+            self.set(device, &name, &values);
+        }
+        Ok(self)
+    }
+
+    /// Sets one parameter from its values in row-major order. Panics if there is none of that name and size.
+    fn set(&mut self, device: &Device, name: &str, values: &[f32]) {
+        let entry = &self.entries[name];
+        assert_eq!(values.len(), entry.spec.numel(), "{name}");
+        self.hasher.update(name.as_bytes());
+        let stride = values.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
+        values.iter().step_by(stride).for_each(|v| {
+            self.hasher.update(&v.to_le_bytes());
+        });
+        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
+        if matches!(self.form, Form::Inference(_)) && name.ends_with(".A_log") {
+            let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
+            device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
+        } else {
+            device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
+        }
+    }
+
+    /// Every parameter's values in the order of memory. The form must be [`Form::Training`].
+    pub fn read_all(&self) -> impl Iterator<Item = (String, Vec<f32>)> + '_ {
+        debug_assert_eq!(self.form, Form::Training);
+        self.entries().map(|(offset, spec)| (spec.name.clone(), self.buffer.to_vec(offset, spec.numel())))
+    }
+
+    /// How the parameters lie in memory.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// Bytes of all parameters.
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+
+    /// A short name for exactly these parameters: states saved under one belong to it alone.
+    pub fn fingerprint(&self) -> String {
+        self.hasher.finalize().to_hex()[..16].to_string()
+    }
+
+    /// Where a parameter lies, if the model has it.
+    pub fn slice(&self, name: &str) -> Option<Slice<'_>> {
+        self.entries.get(name).map(|e| self.buffer.at(e.offset))
+    }
+
+    /// Byte offset and specification of every parameter, in the order of memory.
+    pub fn entries(&self) -> impl Iterator<Item = (usize, &ParamSpec)> {
+        let mut entries: Vec<_> = self.entries.values().map(|e| (e.offset, &e.spec)).collect();
+        entries.sort_by_key(|e| e.0);
+        entries.into_iter()
+    }
+
+    /// The memory as a whole: for [`Form::Training`] one flat f32 vector, padding between tensors being zero.
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+}

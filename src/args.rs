@@ -1,0 +1,272 @@
+//! What the command line accepts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hognose::{DType, Device};
+
+/// State space models: train, run and study them.
+#[derive(Debug, Parser)]
+#[command(name = "hognose", version, about, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model; without arguments a small one, on the text that ships with hognose.
+    Train(TrainArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Logits, loss and gradients of given token ids, from file to file.
+    Forward(ForwardArgs),
+    /// Say what a checkpoint or state file is.
+    Inspect(InspectArgs),
+    /// Convert a checkpoint between formats, without loss.
+    Convert(ConvertArgs),
+    /// Measure speed and the share of the machine's ceiling that it is.
+    Bench(BenchArgs),
+}
+
+/// A wrong use of the command line, found after parsing: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Where and in what precision to compute.
+#[derive(Clone, Debug, Args)]
+pub struct Compute {
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+    /// Type of the matrices in products. Everything else is f32.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DTypeArg>,
+    /// Threads on the CPU [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub threads: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    Cpu,
+    Cuda,
+    Auto,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DTypeArg {
+    F32,
+    Bf16,
+}
+
+impl DTypeArg {
+    pub fn dtype(self) -> DType {
+        match self {
+            DTypeArg::F32 => DType::F32,
+            DTypeArg::Bf16 => DType::BF16,
+        }
+    }
+}
+
+impl Compute {
+    /// The device asked for.
+    pub fn device(&self) -> anyhow::Result<Device> {
+        match self.device {
+            DeviceArg::Cpu | DeviceArg::Auto => Ok(Device::cpu(self.threads.map(|n| n as usize))?),
+            DeviceArg::Cuda => {
+                Err(Usage("this version of hognose computes on the CPU only; use --device cpu or leave it out".into())
+                    .into())
+            }
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Settings in TOML; arguments on the command line come before it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Model to train from scratch: tiny, mamba-130m, mamba2-130m, …
+    #[arg(long)]
+    pub preset: Option<String>,
+    /// Checkpoint to train on from (fine-tuning): a folder or a hub id.
+    #[arg(long, value_name = "PATH", conflicts_with = "preset")]
+    pub model: Option<String>,
+    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz or .zst [default: the text that ships].
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub data: Vec<String>,
+    /// Field of the text in .jsonl files.
+    #[arg(long, value_name = "NAME")]
+    pub field: Option<String>,
+    /// A tokenizer.json; without it and without one in --model, tokens are bytes.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Folder for the run [default: runs/NAME-DATE].
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Optimizer steps.
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// Tokens of a window.
+    #[arg(long)]
+    pub length: Option<usize>,
+    /// Windows of a micro-batch.
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Micro-batches of a step.
+    #[arg(long)]
+    pub accumulate: Option<usize>,
+    /// Largest learning rate.
+    #[arg(long)]
+    pub lr: Option<f64>,
+    /// Minutes after which training must have ended: the learning rate starts to fall in time.
+    #[arg(long)]
+    pub minutes: Option<f64>,
+    /// Go on with a run from its latest checkpoint.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "preset", "model", "data", "field", "tokenizer", "out", "length", "batch", "accumulate", "lr", "seed", "dtype"])]
+    pub resume: Option<PathBuf>,
+    /// Seed of initialisation, data order and dropout.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Print the plan and stop before the first step.
+    #[arg(long)]
+    pub plan_only: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: String,
+    /// Text to continue.
+    #[arg(long, conflicts_with = "ids")]
+    pub prompt: Option<String>,
+    /// Token ids to continue, separated by commas.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
+    pub ids: Option<Vec<u32>>,
+    /// A tokenizer.json, where the model's folder has none.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// Divides the logits; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 1.0)]
+    pub temperature: f32,
+    /// Only the K likeliest tokens; 0 takes all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the likeliest tokens that together reach probability P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Only tokens at least P times as likely as the likeliest.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Makes tokens that occurred less likely; 1 changes nothing.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Text that ends the generation (may be given several times).
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Write the state at the end, to go on from later.
+    #[arg(long, value_name = "FILE")]
+    pub save_state: Option<PathBuf>,
+    /// Go on from a state that --save-state wrote with the same model.
+    #[arg(long, value_name = "FILE")]
+    pub load_state: Option<PathBuf>,
+    /// Go on past tokens that end the text.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Print one JSON object instead of streaming text.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
+pub struct ForwardArgs {
+    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: String,
+    /// A safetensors file with `input_ids` (batch, length), int64.
+    #[arg(long, value_name = "FILE")]
+    pub ids: PathBuf,
+    /// The safetensors file to write: `logits`, `loss` and with --grads `grad.NAME`.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Gradients of the loss, too, under the checkpoint's own names.
+    #[arg(long)]
+    pub grads: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A checkpoint's folder, a hub id or a state file.
+    pub path: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// The checkpoint's folder or hub id.
+    pub input: String,
+    /// The folder to write; it must not exist.
+    pub output: PathBuf,
+    /// Format to write [default: original from Hugging Face, and the other way round].
+    #[arg(long, value_enum)]
+    pub format: Option<FormatArg>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// config.json + pytorch_model.bin of mamba-ssm.
+    Original,
+    /// config.json + model.safetensors of transformers.
+    Huggingface,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A preset (random weights) or a checkpoint.
+    #[arg(long, value_name = "PRESET|PATH")]
+    pub model: Option<String>,
+    /// What to measure.
+    #[arg(long, value_enum, default_value_t = Mode::Decode)]
+    pub mode: Mode,
+    /// An op to measure by itself, at the sizes of --model (or of mamba-130m, mamba2-130m).
+    #[arg(long, value_name = "NAME")]
+    pub op: Option<String>,
+    /// Sequences at once.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Tokens of a sequence (prefill, train), or tokens to generate (decode).
+    #[arg(long, default_value_t = 256)]
+    pub length: usize,
+    /// Measurements.
+    #[arg(long, default_value_t = 5)]
+    pub repeat: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    Prefill,
+    Decode,
+    Train,
+}
