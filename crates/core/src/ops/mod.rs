@@ -16,5 +16,8 @@ pub mod selective_scan;
 pub mod ssd;
 pub mod swiglu;
 
+mod tasks;
+mod vectors;
+
 #[cfg(test)]
 mod testing;
