@@ -11,8 +11,12 @@ use crate::dtype::DType;
 use crate::graph::Mat;
 use crate::plan::ALIGNMENT;
 
+/// Tasks that are enough for any number of threads.
+const TASKS: usize = 256;
 /// The largest number of segment groups: it bounds the memory of sums that are kept per group.
 const MAX_SEGMENT_GROUPS: usize = 64;
+/// The number of segment groups that is never too large.
+const SEGMENT_GROUPS: usize = 16;
 
 /// Calls `f(slot, task)` once for every task. Calls that run at the same time have different slots below
 /// `pool.threads()`, so a slot may own scratch memory.
@@ -109,8 +113,11 @@ pub(crate) struct SegmentGroups {
 }
 
 impl SegmentGroups {
-    pub fn new(segments: usize) -> SegmentGroups {
-        SegmentGroups { segments, each: segments.div_ceil(MAX_SEGMENT_GROUPS).max(1) }
+    /// Groups for tasks that each have one of `blocks` blocks of channels: few enough that what a task prepares once
+    /// serves several segments.
+    pub fn new(segments: usize, blocks: usize) -> SegmentGroups {
+        let groups = (TASKS / blocks.max(1)).clamp(SEGMENT_GROUPS, MAX_SEGMENT_GROUPS);
+        SegmentGroups { segments, each: segments.div_ceil(groups).max(1) }
     }
 
     pub fn count(&self) -> usize {
@@ -220,8 +227,8 @@ mod tests {
 
     #[test]
     fn segment_groups_are_bounded_in_number_and_cover_all() {
-        for segments in [0, 1, 63, 64, 65, 1000] {
-            let groups = SegmentGroups::new(segments);
+        for (segments, blocks) in [(0, 1), (1, 1), (63, 1), (64, 3), (65, 24), (1000, 1000), (17, 0)] {
+            let groups = SegmentGroups::new(segments, blocks);
             assert!(groups.count() <= MAX_SEGMENT_GROUPS);
             let all: Vec<usize> = (0..groups.count()).flat_map(|g| groups.segments(g)).collect();
             assert_eq!(all, (0..segments).collect::<Vec<_>>());

@@ -51,7 +51,7 @@ pub(super) fn run(forward: &Forward, io: &Io<'_>, cpu: &Cpu) {
         chunk_states: io.optional_output(2),
     };
     let blocks = ChannelBlocks::new(channels, forward.shape.groups, BLOCK);
-    let groups = SegmentGroups::new(segments.len());
+    let groups = SegmentGroups::new(segments.len(), blocks.count());
     run_with_slots(&cpu.pool, groups.count() * blocks.count(), |slot, task| {
         let (group, channels) = blocks.block(task % blocks.count());
         let block = Block { first: channels.start, width: channels.len(), column: group * forward.shape.d_state };

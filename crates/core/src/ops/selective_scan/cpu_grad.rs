@@ -66,7 +66,7 @@ impl Layout {
             + STATE_ARRAYS * (chunk + 1) * STATES * MAX_LANES;
         Layout {
             blocks,
-            segment_groups: SegmentGroups::new(segments),
+            segment_groups: SegmentGroups::new(segments, blocks.count()),
             tokens,
             channels,
             segments,
