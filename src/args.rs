@@ -154,21 +154,21 @@ pub struct GenerateArgs {
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
-    /// Divides the logits; 0 always takes the likeliest token [default: the checkpoint's, else 1].
-    #[arg(long)]
-    pub temperature: Option<f32>,
+    /// Divides the logits; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 1.0)]
+    pub temperature: f32,
     /// Only the K likeliest tokens; 0 takes all.
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<usize>,
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
     /// Only the likeliest tokens that together reach probability P.
-    #[arg(long, value_name = "P")]
-    pub top_p: Option<f32>,
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
     /// Only tokens at least P times as likely as the likeliest.
-    #[arg(long, value_name = "P")]
-    pub min_p: Option<f32>,
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
     /// Makes tokens that occurred less likely; 1 changes nothing.
-    #[arg(long, value_name = "R")]
-    pub repetition_penalty: Option<f32>,
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
     /// Text that ends the generation (may be given several times).
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,

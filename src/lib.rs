@@ -18,9 +18,11 @@ pub use hognose_model::config::ModelConfig;
 pub use hognose_model::session::{Model, Session};
 pub use hognose_model::state::State;
 pub use hognose_model::tokenizer::Tokenizer;
+pub use hognose_train::config::TrainConfig;
+pub use hognose_train::report::Outcome;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hognose_engine::generate::Event;
 use hognose_model::checkpoint::{self, Checkpoint};
@@ -48,8 +50,92 @@ pub struct Loaded {
     pub tokenizer: Option<Tokenizer>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
-    /// The sampling that the checkpoint's generation settings ask for.
-    pub sampling: Sampling,
     /// The folder it came from.
     pub path: PathBuf,
+}
+
+/// Loads a checkpoint: a folder in the original or the Hugging Face format, or an id of the hub (`org/name`).
+pub fn load(path_or_id: &str, options: &LoadOptions) -> Result<Loaded, Error> {
+    let path = hognose_model::hub::resolve(path_or_id)?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let device = match &options.device {
+        Some(device) => device.clone(),
+        None => Device::cpu(None)?,
+    };
+    let narrow = checkpoint.tensors().iter().any(|t| t.dtype == checkpoint::Dtype::BF16);
+    let dtype = options.dtype.unwrap_or(if narrow { DType::BF16 } else { DType::F32 });
+    let weights = Weights::load(&device, &checkpoint, Form::Inference(dtype))?;
+    let tokenizer = match &options.tokenizer {
+        Some(file) => Some(Tokenizer::load(file)?),
+        None => Tokenizer::find(&path)?,
+    };
+    let eos = checkpoint.config.eos_token_ids.clone();
+    Ok(Loaded { model: Model { config: checkpoint.config, weights, device }, tokenizer, eos, path })
+}
+
+/// Continues a text. The model must have a tokenizer.
+pub fn complete(loaded: &Loaded, prompt: &str, options: &GenerateOptions) -> Result<String, Error> {
+    let tokenizer = loaded.tokenizer.as_ref().ok_or("the checkpoint has no tokenizer; generate from ids instead")?;
+    let mut ids = loaded.start();
+    ids.extend(tokenizer.encode(prompt.as_bytes(), true)?);
+    let options = GenerateOptions { eos: loaded.eos.clone(), ..options.clone() };
+    let mut session = Session::new(&loaded.model, 1)?;
+    let mut text = hognose_engine::text::TextStream::new(tokenizer, &[]);
+    let mut out = String::new();
+    let mut failed = None;
+    hognose_engine::generate(&mut session, None, &ids, &options, |event| {
+        if let Event::Token(id) = event {
+            match text.push(id) {
+                Ok(piece) => out.push_str(&piece),
+                Err(error) => {
+                    failed = Some(error);
+                    return ControlFlow::Break(Finish::Interrupted);
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    })?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    out.push_str(&text.finish()?);
+    Ok(out)
+}
+
+impl Loaded {
+    /// Ids that stand before every prompt: a model of bytes was trained with the boundary token before each document.
+    /// A tokenizer.json says itself what it puts there.
+    pub fn start(&self) -> Vec<u32> {
+        match &self.tokenizer {
+            Some(Tokenizer::Bytes) => Tokenizer::Bytes.boundary().into_iter().collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Logits of every position of a sequence, row-major `[ids.len(), padded vocabulary]`. Memory beside the result does
+/// not grow with the length.
+pub fn forward(model: &Model, ids: &[u32]) -> Result<Vec<f32>, Error> {
+    let mut session = Session::new(model, 1)?;
+    Ok(forward_in(&mut session, ids)?)
+}
+
+/// As [`forward`], in a session with one slot: continues its sequence.
+pub fn forward_in(session: &mut Session<'_>, ids: &[u32]) -> Result<Vec<f32>, hognose_model::Error> {
+    let mut logits = Vec::with_capacity(ids.len() * session.model().config.padded_vocab);
+    for chunk in ids.chunks(session.prefill_tokens()) {
+        let rows: Vec<usize> = (0..chunk.len()).collect();
+        let pack = hognose_core::Pack::from_lengths([chunk.len()])?;
+        logits.extend(session.run(chunk, &pack, &rows)?);
+    }
+    Ok(logits)
+}
+
+/// Trains a model as the configuration says, into a new folder, without a word. `hognose_train::trainer::train` takes
+/// an observer that watches.
+pub fn train(config: TrainConfig, folder: &Path) -> Result<Outcome, Error> {
+    let device = Device::cpu(config.threads)?;
+    let mut silent = hognose_train::report::Silent;
+    let outcome = hognose_train::trainer::train(config, device, folder, false, &mut silent)?;
+    outcome.ok_or_else(|| "training ended before it began".into())
 }

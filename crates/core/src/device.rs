@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
+use crate::cpu::ceiling::Ceiling;
 use crate::cpu::{Cpu, gemm};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, human_bytes};
@@ -79,10 +80,15 @@ impl Buffer {
 
     /// Copies elements in, starting at byte `offset`. Panics if they do not fit.
     pub fn write<T: Element>(&self, offset: usize, values: &[T]) {
-        let bytes = size_of_val(values);
-        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
+        // SAFETY: an Element is plain bytes.
+        self.write_bytes(offset, unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) });
+    }
+
+    /// Copies bytes in, starting at byte `offset`. Panics if they do not fit.
+    pub fn write_bytes(&self, offset: usize, from: &[u8]) {
+        assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
         // SAFETY: the range lies inside the buffer, and nobody else reads or writes it now (the buffer is not Sync).
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), self.ptr.as_ptr().add(offset), bytes) }
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr().add(offset), from.len()) }
     }
 
     /// Copies `out.len()` elements out, starting at byte `offset`. Panics if there are fewer.
@@ -98,6 +104,12 @@ impl Buffer {
         let mut out = vec![T::default(); len];
         self.read(offset, &mut out);
         out
+    }
+
+    /// All bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // SAFETY: the whole buffer is readable, and nobody writes it now.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.bytes) }.to_vec()
     }
 
     /// Sets every byte to zero.
@@ -140,6 +152,20 @@ impl Device {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
+        }
+    }
+
+    /// What the device can do, measured now: operations and bytes a second.
+    pub fn measure_ceiling(&self) -> Ceiling {
+        match self {
+            Device::Cpu(cpu) => Ceiling::measure(cpu),
+        }
+    }
+
+    /// The device in a few words, for records: `cpu, 2 threads, avx512`.
+    pub fn describe(&self) -> String {
+        match self {
+            Device::Cpu(cpu) => format!("cpu, {} threads, {}", cpu.pool.threads(), cpu.isa),
         }
     }
 

@@ -120,7 +120,7 @@ pub fn generate(
     let start = Instant::now();
     let one = Pack::from_lengths([1]).map_err(hognose_model::Error::from)?;
     while ids.len() < options.max_new_tokens {
-        let position = session.state_position(0);
+        let position = session.position(0);
         let id = sampler.sample(&mut logits).ok_or(Error::NotFinite { position })?;
         ids.push(id);
         pending = id;

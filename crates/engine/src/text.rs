@@ -16,7 +16,7 @@ impl<'a> TextStream<'a> {
     /// Empty stop texts are ignored.
     pub fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> TextStream<'a> {
         let stops = stops.iter().filter(|s| !s.is_empty()).cloned().collect();
-        TextStream { decoder: tokenizer.stream(), stops, held: String::new(), text: String::new(), stopped: false }
+        TextStream { decoder: tokenizer.decoder(), stops, held: String::new(), text: String::new(), stopped: false }
     }
 
     /// Takes the next id and returns the text that is certain now. After a stop text nothing more comes.
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     fn run(text: &str, stops: &[&str]) -> (Vec<String>, String, bool) {
-        let tokenizer = Tokenizer::bytes();
+        let tokenizer = Tokenizer::Bytes;
         let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
         let mut stream = TextStream::new(&tokenizer, &stops);
         let mut pieces: Vec<String> =

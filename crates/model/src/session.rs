@@ -76,12 +76,28 @@ impl<'m> Session<'m> {
         self.pool.bytes() + self.arena.bytes() + self.plans.values().map(|c| c.io.bytes()).sum::<usize>()
     }
 
+    /// Bytes of the states.
+    pub fn state_bytes(&self) -> usize {
+        self.pool.bytes()
+    }
+
+    /// Floating-point operations that a token needs, about: those of the largest plan so far.
+    pub fn flops_per_token(&self) -> f64 {
+        let largest = self.plans.iter().max_by_key(|(shape, _)| shape.tokens);
+        largest.map_or(0.0, |(shape, compiled)| compiled.plan.cost().flops / shape.tokens.max(1) as f64)
+    }
+
     /// The state of a slot.
     pub fn state(&self, slot: usize) -> State {
         let mut state = State::zero(&self.model.config, self.model.weights.fingerprint());
         self.pool.read(slot, &mut state);
         state.position = self.positions[slot];
         state
+    }
+
+    /// Tokens that a slot remembers.
+    pub fn position(&self, slot: usize) -> u64 {
+        self.positions[slot]
     }
 
     /// Continues a slot from a state of the same model.
@@ -118,7 +134,12 @@ impl<'m> Session<'m> {
             return Err(Error::TokenId { id, at, vocabulary });
         }
         if pack.tokens() != ids.len() || pack.segments() != self.pool.slots() {
-            return Err(Error::Pack { ids: ids.len(), pack: pack.tokens(), segments: pack.segments(), slots: self.pool.slots() });
+            return Err(Error::Pack {
+                ids: ids.len(),
+                pack: pack.tokens(),
+                segments: pack.segments(),
+                slots: self.pool.slots(),
+            });
         }
         if let Some(&row) = rows.iter().find(|&&r| r >= ids.len()) {
             return Err(Error::Row { row, rows: ids.len() });
@@ -231,4 +252,3 @@ pub fn next_token_loss(logits: &[f32], ids: &[u32], vocabulary: usize) -> f64 {
         })
         .sum()
 }
-

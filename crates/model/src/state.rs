@@ -94,7 +94,7 @@ impl State {
         ];
         let metadata = metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
         let data = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::file(path, e))?;
-        crate::atomic::write(path, &data)
+        Ok(crate::atomic::write(path, &data)?)
     }
 
     /// Reads a file that [`State::save`] wrote. `model` is the fingerprint of the parameters it is to continue with:
@@ -110,7 +110,10 @@ impl State {
             return Err(not_a_state());
         }
         if field("version") != VERSION {
-            return Err(bad(format!("has version {} of the state format; this hognose reads {VERSION}", field("version"))));
+            return Err(bad(format!(
+                "has version {} of the state format; this hognose reads {VERSION}",
+                field("version")
+            )));
         }
         if field("model") != model {
             return Err(bad(format!(

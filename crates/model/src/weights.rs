@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use hognose_core::graph::Layout;
 use hognose_core::{Buffer, DType, Device, Slice};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, ParamKind, ParamSpec};
 use crate::error::Error;
+use crate::init;
 
 /// Alignment of every tensor inside the buffer, in bytes.
 const ALIGNMENT: usize = 64;
@@ -77,8 +79,19 @@ impl Weights {
         Ok(Weights { form, buffer: device.alloc(offset)?, entries, hasher })
     }
 
+    /// Loads a checkpoint.
+    pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
+        let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
+        Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)
+    }
+
+    /// Starting values from a seed.
+    pub fn initialise(device: &Device, config: &ModelConfig, form: Form, seed: u64) -> Result<Weights, Error> {
+        Weights::zeros(device, config, form)?.fill(device, init::initialise(config, seed).map(Ok))
+    }
+
     /// Fills the memory with tensors given in the order of [`ModelConfig::parameters`].
-    pub fn fill(
+    fn fill(
         mut self,
         device: &Device,
         tensors: impl Iterator<Item = Result<(String, Vec<f32>), Error>>,
@@ -106,6 +119,12 @@ impl Weights {
         } else {
             device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
         }
+    }
+
+    /// Every parameter's values in the order of memory. The form must be [`Form::Training`].
+    pub fn read_all(&self) -> impl Iterator<Item = (String, Vec<f32>)> + '_ {
+        debug_assert_eq!(self.form, Form::Training);
+        self.entries().map(|(offset, spec)| (spec.name.clone(), self.buffer.to_vec(offset, spec.numel())))
     }
 
     /// How the parameters lie in memory.

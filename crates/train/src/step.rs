@@ -252,3 +252,61 @@ fn graph_norm(graph: &mut Graph, norm: TensorId) -> Result<(), Error> {
     graph.output(NORM, norm)?;
     Ok(())
 }
+
+/// Loss and gradients of a whole batch.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    /// Mean next-token cross-entropy of all positions but the last of each segment, in nats.
+    pub loss: f32,
+    /// Canonical name, shape and values of each parameter's gradient.
+    pub tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+}
+
+/// The loss of predicting each next token inside the segments of a pack, and its gradient for every parameter.
+///
+/// The weights must be in [`Form::Training`].
+pub fn gradients(
+    device: &Device,
+    config: &ModelConfig,
+    weights: &Weights,
+    ids: &[u32],
+    pack: &Pack,
+) -> Result<Gradients, Error> {
+    if let Some((at, &id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= config.padded_vocab) {
+        return Err(hognose_model::Error::TokenId { id, at, vocabulary: config.padded_vocab }.into());
+    }
+    let mut targets = vec![-1; ids.len()];
+    let mut predicted = 0;
+    for ends in pack.offsets().windows(2) {
+        for row in ends[0] as usize + 1..ends[1] as usize {
+            targets[row - 1] = ids[row] as i32;
+            predicted += 1;
+        }
+    }
+    let shape = StepShape {
+        tokens: pack.tokens(),
+        segments: pack.segments(),
+        carry_state: false,
+        gradients: true,
+        accumulate: false,
+        dropout: 0.0,
+        recompute: Recompute::Nothing,
+    };
+    let plan = GradientPlan::new(device, config, shape)?;
+    let arena = device.arena(plan.plan())?;
+    let buffer = device.alloc(weights.bytes())?;
+    let inputs = StepInputs {
+        ids,
+        targets: &targets,
+        pack,
+        loss_scale: 1.0 / (predicted.max(1) as f32),
+        states: None,
+        dropout_seed: [0; 2],
+    };
+    let loss = plan.run(device, &arena, weights, Some(&buffer), &inputs)?;
+    let tensors = weights
+        .entries()
+        .map(|(offset, spec)| (spec.name.clone(), spec.shape.clone(), buffer.to_vec(offset, spec.numel())))
+        .collect();
+    Ok(Gradients { loss, tensors })
+}

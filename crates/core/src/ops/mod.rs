@@ -2,17 +2,24 @@
 //! reference and CPU kernels; `docs/adding-an-op.md` says how to add one.
 
 pub mod adamw;
+pub mod causal_conv1d;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
+pub mod gated_rms_norm;
 pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
+pub mod selective_scan;
+pub mod ssd;
+pub mod swiglu;
+
+mod tasks;
 mod vectors;
 
 #[cfg(test)]
 mod example;
 #[cfg(test)]
-pub(crate) mod testing;
+mod testing;

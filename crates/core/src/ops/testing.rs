@@ -90,6 +90,11 @@ impl Case {
         self.outputs.push((name.to_string(), dest));
     }
 
+    /// Reads external `t` after the run, as output `name`: a state that was stored over its old value.
+    pub fn watch(&mut self, name: &str, t: TensorId) {
+        self.outputs.push((name.to_string(), t));
+    }
+
     /// Runs at the best instruction set with two threads.
     pub fn run(&self) -> BTreeMap<String, Value> {
         self.run_on(Isa::detect(), 2)

@@ -111,6 +111,23 @@ pub(super) struct Block<W> {
     pub from: From,
 }
 
+impl<W> Block<W> {
+    /// The same block with other panels of B.
+    pub fn with_panels<U>(self, b: *const U, panel_stride: usize) -> Block<U> {
+        Block {
+            k: self.k,
+            a: self.a,
+            rows: self.rows,
+            b,
+            panel_stride,
+            columns: self.columns,
+            c: self.c,
+            c_stride: self.c_stride,
+            from: self.from,
+        }
+    }
+}
+
 /// One tile's place.
 #[derive(Clone, Copy)]
 struct Tile<W> {
@@ -138,6 +155,7 @@ impl<W: Weight> Kernel for Block<W> {
                 1 if panels - panel >= 4 => 4,
                 2 if S::REGISTERS >= 32 && panels - panel >= 4 => 4,
                 2 | 3 if S::REGISTERS >= 16 && panels - panel >= 2 => 2,
+                4 | 5 if S::REGISTERS >= 32 && panels - panel >= 2 => 2,
                 _ => 1,
             };
             let first = panel * width;
@@ -201,7 +219,9 @@ unsafe fn dispatch<S: Simd, W: Weight>(s: S, tile: Tile<W>, a: Left, row: usize,
             (4, 1) => return multiply::<S, W, 1, 4, 2>(s, tile, a, a_row, a_col),
             (4, _) => return multiply::<S, W, 2, 4, 2>(s, tile, a, a_row, a_col),
             (2, 2) => return multiply::<S, W, 2, 2, 2>(s, tile, a, a_row, a_col),
-            (2, _) => return multiply::<S, W, 3, 2, 2>(s, tile, a, a_row, a_col),
+            (2, 3) => return multiply::<S, W, 3, 2, 2>(s, tile, a, a_row, a_col),
+            (2, 4) => return multiply::<S, W, 4, 2, 2>(s, tile, a, a_row, a_col),
+            (2, _) => return multiply::<S, W, 5, 2, 2>(s, tile, a, a_row, a_col),
             _ => {}
         }
         /// A kernel for every number of rows up to a full tile's.

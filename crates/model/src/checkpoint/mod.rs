@@ -1,0 +1,304 @@
+//! Checkpoints: reading, checking, writing and converting the formats people have.
+//!
+//! [`Checkpoint::open`] reads a folder in the original state-spaces format or in that of Hugging Face transformers. The
+//! weight files are mapped, not read: tensors are converted one at a time, straight from the file into the memory of
+//! the caller. All tensors go by their canonical names, the original ones (see [`crate::config::ParamSpec`]);
+//! [`Checkpoint::native_name`] gives a tensor's name in the file.
+//!
+//! What is checked: on opening, that the tensors are exactly those of the configuration and have its shapes; on reading
+//! a tensor, that its numbers are finite and, in a torch file, match the checksum. Nothing in a file is ever executed.
+
+mod describe;
+mod error;
+mod huggingface;
+mod json;
+mod original;
+mod pickle;
+pub(crate) mod shards;
+mod tensor;
+mod torch;
+mod write;
+
+pub use describe::{Description, describe};
+pub use error::CheckpointError;
+pub use tensor::Dtype;
+pub use write::{SaveTensor, TensorData, convert, save};
+
+use crate::config::{LayerConfig, ModelConfig};
+use half::bf16;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use tensor::{Stored, ValueError};
+
+/// The layouts of a checkpoint folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// config.json and pytorch_model.bin, as mamba-ssm writes them.
+    Original,
+    /// config.json with `model_type` and model.safetensors, as transformers writes them.
+    HuggingFace,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Format::Original => "original",
+            Format::HuggingFace => "huggingface",
+        })
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    /// `original`, `huggingface` or `hf`.
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "original" => Ok(Format::Original),
+            "huggingface" | "hf" => Ok(Format::HuggingFace),
+            _ => Err(format!("\"{s}\" is not a checkpoint format; expected original or huggingface")),
+        }
+    }
+}
+
+/// What a tensor of a checkpoint is, without its numbers.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct TensorInfo {
+    /// Canonical name.
+    pub name: String,
+    /// Name in the file.
+    pub native_name: String,
+    /// Number format in the file.
+    pub dtype: Dtype,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of the numbers in the file.
+    pub fn nbytes(&self) -> usize {
+        self.numel() * self.dtype.size()
+    }
+}
+
+/// An open checkpoint. Can be shared between threads, each reading its tensors.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What the model is.
+    pub config: ModelConfig,
+    /// Which layout the folder has.
+    pub format: Format,
+    /// The architecture in the format's own words: `mamba`, `mamba2`, `falcon_mamba`, `hognose`; `original`.
+    pub model_type: String,
+    /// The folder.
+    pub path: PathBuf,
+    weights: PathBuf,
+    infos: Vec<TensorInfo>,
+    stored: Vec<Stored>,
+    index: HashMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint folder and checks everything but the numbers.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the folder, config.json or the tensors; see [`CheckpointError`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+        let path = path.as_ref();
+        let (format, model_type, config) = read_config(path)?;
+        let mut weights = shards::open(path)?;
+        // lm_head.weight may be written although it is the embedding, as the original format does.
+        if config.tie_embeddings
+            && let Some(head) = weights.tensors.remove("lm_head.weight")
+        {
+            let embedding = ["backbone.embedding.weight", "backbone.embeddings.weight"];
+            if let Some(embedding) = embedding.iter().find_map(|n| weights.tensors.get(*n)) {
+                let name = "lm_head.weight".to_string();
+                if !same(&head, embedding).map_err(|e| value_error(&weights.path, &name, e))? {
+                    return Err(CheckpointError::TiedDiffers { path: weights.path, name });
+                }
+            }
+        }
+        let mut found = HashMap::new();
+        for (native, stored) in weights.tensors {
+            let canonical = huggingface::canonical_name(&native);
+            if let Some((other, _)) = found.insert(canonical, (native.clone(), stored)) {
+                let name: String = if other < native { native } else { other };
+                return Err(CheckpointError::Surplus { path: weights.path, name, more: 0 });
+            }
+        }
+        let (mut infos, mut all, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+        for p in config.parameters() {
+            let Some((native_name, stored)) = found.remove(&p.name) else {
+                missing.push(p);
+                continue;
+            };
+            if stored.shape != p.shape {
+                let (path, found, expected) = (weights.path, stored.shape, p.shape);
+                return Err(CheckpointError::Shape { path, name: native_name, found, expected });
+            }
+            infos.push(TensorInfo { name: p.name, native_name, dtype: stored.dtype, shape: p.shape });
+            all.push(stored);
+        }
+        if let Some(p) = missing.first() {
+            let (name, shape, more) = (native_name(format, &p.name), p.shape.clone(), missing.len() - 1);
+            return Err(CheckpointError::Missing { path: weights.path, name, shape, more });
+        }
+        if let Some(name) = found.values().map(|(native, _)| native.clone()).min() {
+            return Err(CheckpointError::Surplus { path: weights.path, name, more: found.len() - 1 });
+        }
+        let index = infos.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        let (path, weights, stored) = (path.into(), weights.path, all);
+        Ok(Checkpoint { config, format, model_type, path, weights, infos, stored, index })
+    }
+
+    /// Every tensor, in the order of [`ModelConfig::parameters`].
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    /// A tensor by its canonical name.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.index.get(name).map(|&i| &self.infos[i])
+    }
+
+    /// What the file calls a tensor.
+    pub fn native_name(&self, canonical: &str) -> Option<&str> {
+        self.info(canonical).map(|t| &t.native_name[..])
+    }
+
+    /// The numbers of a tensor as they are in the file: row-major, little-endian, in its own dtype. Borrowed from the
+    /// mapped file unless the tensor lies scattered in it.
+    ///
+    /// # Errors
+    /// An unknown name, or damaged numbers.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        let stored = self.stored(name)?;
+        let bytes = stored.bytes().map_err(|e| self.value_error(name, e))?;
+        tensor::check_finite(stored.dtype, &bytes).map_err(|e| self.value_error(name, e))?;
+        Ok(bytes)
+    }
+
+    /// A tensor as f32, row-major.
+    ///
+    /// # Errors
+    /// An unknown name, or damaged numbers.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let mut out = vec![0.0; self.stored(name)?.numel()];
+        self.read_f32_into(name, &mut out)?;
+        Ok(out)
+    }
+
+    /// A tensor as f32, row-major, into memory of exactly its size.
+    ///
+    /// # Errors
+    /// An unknown name, memory of another size, or damaged numbers.
+    pub fn read_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let stored = self.stored_of_length(name, out.len())?;
+        stored.read_f32(out).map_err(|e| self.value_error(name, e))
+    }
+
+    /// A tensor as bf16, row-major, rounded to nearest even where the file is wider, into memory of exactly its size.
+    ///
+    /// # Errors
+    /// An unknown name, memory of another size, or damaged numbers (a number too large for bf16 among them).
+    pub fn read_bf16_into(&self, name: &str, out: &mut [bf16]) -> Result<(), CheckpointError> {
+        let stored = self.stored_of_length(name, out.len())?;
+        stored.read_bf16(out).map_err(|e| self.value_error(name, e))
+    }
+
+    /// Reads every tensor and checks its numbers.
+    ///
+    /// # Errors
+    /// The first tensor with damaged numbers.
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        for (info, stored) in self.infos.iter().zip(&self.stored) {
+            stored.check().map_err(|e| self.value_error(&info.name, e))?;
+        }
+        Ok(())
+    }
+
+    fn stored(&self, name: &str) -> Result<&Stored, CheckpointError> {
+        let i = self.index.get(name).ok_or_else(|| CheckpointError::UnknownTensor { name: name.into() })?;
+        Ok(&self.stored[*i])
+    }
+
+    fn stored_of_length(&self, name: &str, found: usize) -> Result<&Stored, CheckpointError> {
+        let stored = self.stored(name)?;
+        let expected = stored.numel();
+        if found != expected {
+            return Err(CheckpointError::Length { name: name.into(), found, expected });
+        }
+        Ok(stored)
+    }
+
+    fn value_error(&self, name: &str, e: ValueError) -> CheckpointError {
+        value_error(&self.weights, self.native_name(name).unwrap_or(name), e)
+    }
+}
+
+fn value_error(path: &Path, name: &str, e: ValueError) -> CheckpointError {
+    let (path, name) = (path.to_path_buf(), name.to_string());
+    match e {
+        ValueError::NonFinite { index, value } => CheckpointError::NonFinite { path, name, index, value },
+        ValueError::Checksum => {
+            let message = format!("tensor {name} does not match its checksum; the file is damaged");
+            CheckpointError::Torch { path, message }
+        }
+    }
+}
+
+/// Whether two tensors are the same numbers; views of the same place are, without looking.
+fn same(a: &Stored, b: &Stored) -> Result<bool, ValueError> {
+    if a.dtype != b.dtype || a.shape != b.shape {
+        return Ok(false);
+    }
+    let place = |s: &Stored| (s.file.path.clone(), s.start, s.strides.clone());
+    Ok(place(a) == place(b) || a.bytes()? == b.bytes()?)
+}
+
+/// What a format calls a tensor.
+fn native_name(format: Format, canonical: &str) -> String {
+    match format {
+        Format::Original => canonical.into(),
+        Format::HuggingFace => huggingface::native_name(canonical),
+    }
+}
+
+/// The configuration in a checkpoint folder, checked; the weights are not looked at.
+///
+/// # Errors
+/// As [`Checkpoint::open`], for everything about config.json.
+pub fn read_config(folder: &Path) -> Result<(Format, String, ModelConfig), CheckpointError> {
+    if !folder.is_dir() {
+        return Err(CheckpointError::NoFolder { path: folder.into() });
+    }
+    let path = folder.join("config.json");
+    let map = json::read_object(&path)?;
+    let (format, model_type, mut config) = if original::recognise(&map) {
+        (Format::Original, "original".to_string(), original::read(&path, &map)?)
+    } else {
+        let config = huggingface::read(&path, &map)?;
+        let model_type = map["model_type"].as_str().unwrap_or_default().to_string();
+        (Format::HuggingFace, model_type, config)
+    };
+    let generation = folder.join("generation_config.json");
+    if generation.exists() {
+        huggingface::read_generation_config(&generation, &json::read_object(&generation)?, &mut config)?;
+    }
+    config.validate().map_err(|source| CheckpointError::Config { path, source })?;
+    Ok((format, model_type, config))
+}
+
+/// The layer that all layers are, for formats that describe one.
+fn uniform_layer(config: &ModelConfig) -> Option<&LayerConfig> {
+    let first = config.layers.first()?;
+    config.layers.iter().all(|l| l == first).then_some(first)
+}

@@ -1,0 +1,181 @@
+//! A tensor where it lies in a mapped file, and its conversion to the numbers that the program computes with.
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use std::borrow::Cow;
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+#[cfg(target_endian = "big")]
+compile_error!("checkpoints hold little-endian numbers, which this crate uses where they lie");
+
+/// The number formats in which weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    BF16,
+}
+
+impl Dtype {
+    /// Bytes of one number.
+    pub fn size(self) -> usize {
+        if self == Dtype::F32 { 4 } else { 2 }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Dtype::F32 => "f32",
+            Dtype::F16 => "f16",
+            Dtype::BF16 => "bf16",
+        })
+    }
+}
+
+/// A file mapped into memory.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    pub(super) path: PathBuf,
+    map: Mmap,
+}
+
+impl Mapped {
+    pub(super) fn open(path: &Path) -> std::io::Result<Arc<Self>> {
+        let file = File::open(path)?;
+        // SAFETY: the map is only read. Another program that shortens or rewrites the file meanwhile can end this one
+        // with a bus error or change numbers under it, as for every program that maps its weights; nothing here keeps
+        // references into the map whose meaning depends on the bytes (text, lengths) beyond the check that made them.
+        let map = unsafe { Mmap::map(&file)? };
+        Ok(Arc::new(Mapped { path: path.into(), map }))
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+/// A run of bytes in a file with the checksum that the file gives for it.
+#[derive(Debug)]
+pub(super) struct Checked {
+    pub(super) start: usize,
+    pub(super) len: usize,
+    pub(super) crc32: u32,
+    pub(super) good: OnceLock<bool>,
+}
+
+/// A tensor in a mapped file. Offsets and strides have been checked against the file.
+#[derive(Debug, Clone)]
+pub(super) struct Stored {
+    pub(super) file: Arc<Mapped>,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Byte offset of the first element.
+    pub(super) start: usize,
+    /// Steps in elements, where the elements do not simply follow each other.
+    pub(super) strides: Option<Vec<usize>>,
+    /// The storage the tensor lies in, where the file has a checksum for it.
+    pub(super) checked: Option<Arc<Checked>>,
+}
+
+/// What can go wrong with the numbers themselves.
+#[derive(Debug, PartialEq)]
+pub(super) enum ValueError {
+    Checksum,
+    NonFinite { index: usize, value: f32 },
+}
+
+impl Stored {
+    pub(super) fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it.
+    pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>, ValueError> {
+        let file = self.file.bytes();
+        if let Some(c) = &self.checked {
+            let good = c.good.get_or_init(|| crc32fast::hash(&file[c.start..c.start + c.len]) == c.crc32);
+            if !good {
+                return Err(ValueError::Checksum);
+            }
+        }
+        let size = self.dtype.size();
+        let Some(strides) = &self.strides else {
+            return Ok(Cow::Borrowed(&file[self.start..self.start + self.numel() * size]));
+        };
+        let mut out = Vec::with_capacity(self.numel() * size);
+        let mut index = vec![0; self.shape.len()];
+        for _ in 0..self.numel() {
+            let element: usize = index.iter().zip(strides).map(|(i, s)| i * s).sum();
+            let at = self.start + element * size;
+            out.extend_from_slice(&file[at..at + size]);
+            for (i, &n) in index.iter_mut().zip(&self.shape).rev() {
+                *i += 1;
+                if *i < n {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    /// Writes the numbers as f32; `out` has as many elements as the tensor.
+    pub(super) fn read_f32(&self, out: &mut [f32]) -> Result<(), ValueError> {
+        let bytes = self.bytes()?;
+        match self.dtype {
+            Dtype::F32 => convert(&bytes, out, f32::from_le_bytes),
+            Dtype::F16 => convert(&bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => convert(&bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        }
+        finite(out.iter().copied())
+    }
+
+    /// Writes the numbers as bf16, rounded to nearest even where they are wider.
+    pub(super) fn read_bf16(&self, out: &mut [bf16]) -> Result<(), ValueError> {
+        let bytes = self.bytes()?;
+        match self.dtype {
+            Dtype::F32 => convert(&bytes, out, |b| bf16::from_f32(f32::from_le_bytes(b))),
+            Dtype::F16 => convert(&bytes, out, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => convert(&bytes, out, bf16::from_le_bytes),
+        }
+        finite(out.iter().map(|x| x.to_f32()))
+    }
+
+    /// Checks that every number is finite, without converting the tensor.
+    pub(super) fn check(&self) -> Result<(), ValueError> {
+        check_finite(self.dtype, &self.bytes()?)
+    }
+}
+
+/// Checks that little-endian numbers of a type are all finite.
+pub(super) fn check_finite(dtype: Dtype, bytes: &[u8]) -> Result<(), ValueError> {
+    match dtype {
+        Dtype::F32 => finite(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+        Dtype::F16 => finite(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+        Dtype::BF16 => finite(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+    }
+}
+
+fn convert<const N: usize, T>(bytes: &[u8], out: &mut [T], f: impl Fn([u8; N]) -> T) {
+    for (o, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *o = f(*b);
+    }
+}
+
+fn finite(values: impl Iterator<Item = f32> + Clone) -> Result<(), ValueError> {
+    // A sum without branches first: the common case is that all is well, and this loop vectorises.
+    let bad: u32 = values.clone().map(|v| u32::from(!v.is_finite())).fold(0, |a, b| a | b);
+    if bad == 0 {
+        return Ok(());
+    }
+    let found = values.enumerate().find(|(_, v)| !v.is_finite());
+    found.map_or(Ok(()), |(index, value)| Err(ValueError::NonFinite { index, value }))
+}

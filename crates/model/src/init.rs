@@ -1,0 +1,140 @@
+//! Starting values of a model's parameters.
+//!
+//! Every tensor draws from its own generator, seeded by the run's seed and the tensor's name, so a tensor's numbers do
+//! not depend on which others exist, on their order or on threads.
+
+use crate::config::{Init, ModelConfig, ParamSpec};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+/// The starting values of every parameter, in the order of [`ModelConfig::parameters`].
+///
+/// Tensors are made one by one as the iterator is advanced; each is row-major f32.
+pub fn initialise(config: &ModelConfig, seed: u64) -> impl Iterator<Item = (String, Vec<f32>)> + use<> {
+    config.parameters().into_iter().map(move |p| {
+        let values = initial_values(&p, seed);
+        (p.name, values)
+    })
+}
+
+/// The starting values of one parameter: a function of its name, its shape, its [`Init`] and the seed.
+pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
+    let n = p.numel();
+    let mut random = Uniform::new(seed, &p.name);
+    match p.init {
+        Init::Ones => vec![1.0; n],
+        Init::Zeros => vec![0.0; n],
+        Init::LogRange => {
+            let last = p.shape.last().copied().unwrap_or(1).max(1);
+            (0..n).map(|i| (((i % last) + 1) as f64).ln() as f32).collect()
+        }
+        Init::Uniform { bound } => {
+            let bound = f64::from(bound);
+            (0..n).map(|_| ((2.0 * random.next() - 1.0) * bound) as f32).collect()
+        }
+        Init::LogUniform { low, high } => {
+            let (low, high) = (f64::from(low), f64::from(high));
+            (0..n).map(|_| (low + (high - low) * random.next()).ln() as f32).collect()
+        }
+        Init::DtBias { min, max, floor } => {
+            let (low, high) = (f64::from(min).ln(), f64::from(max).ln());
+            let mut draw = || (low + (high - low) * random.next()).exp().max(f64::from(floor));
+            // softplus(dt + ln(1 − e^−dt)) = dt, written with expm1 so that small Δ keep their digits.
+            (0..n).map(|_| draw()).map(|dt| (dt + (-(-dt).exp_m1()).ln()) as f32).collect()
+        }
+        Init::Normal { std } => (0..n).map(|_| (random.normal() * f64::from(std)) as f32).collect(),
+    }
+}
+
+/// Uniform numbers from ChaCha, a counter-based generator.
+struct Uniform(ChaCha8Rng);
+
+impl Uniform {
+    fn new(seed: u64, name: &str) -> Self {
+        let mut key = [0u8; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        for (i, part) in key[8..].chunks_exact_mut(8).enumerate() {
+            part.copy_from_slice(&fnv1a(i as u8, name.as_bytes()).to_le_bytes());
+        }
+        Uniform(ChaCha8Rng::from_seed(key))
+    }
+
+    /// In [0, 1), with 53 random bits.
+    fn next(&mut self) -> f64 {
+        (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Standard normal, by Box and Muller; the second value of each pair is not used.
+    fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.next()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.next()).cos()
+    }
+}
+
+/// FNV-1a with a first byte that makes different functions of it.
+fn fnv1a(first: u8, bytes: &[u8]) -> u64 {
+    let step = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3);
+    bytes.iter().fold(step(0xcbf2_9ce4_8422_2325, first), |h, &b| step(h, b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presets::preset;
+    use std::collections::HashMap;
+
+    fn softplus(x: f64) -> f64 {
+        x.exp().ln_1p()
+    }
+
+    #[test]
+    fn a_tensor_depends_on_seed_and_name_only() {
+        let mut config = preset("tiny").unwrap();
+        let all: HashMap<_, _> = initialise(&config, 7).collect();
+        assert_eq!(all, initialise(&config, 7).collect::<HashMap<_, _>>());
+        let other: HashMap<_, _> = initialise(&config, 8).collect();
+        let name = "backbone.layers.0.mixer.in_proj.weight";
+        assert_ne!(all[name], other[name]);
+        assert_ne!(all[name], all["backbone.layers.1.mixer.in_proj.weight"]);
+        config.layers.truncate(1);
+        let fewer: HashMap<_, _> = initialise(&config, 7).collect();
+        assert_eq!(all[name], fewer[name]);
+    }
+
+    #[test]
+    fn distributions_are_the_ones_of_mamba_ssm() {
+        for name in ["mamba-130m", "mamba2-130m"] {
+            let mut config = preset(name).unwrap();
+            config.layers.truncate(2);
+            config.vocab_size = 1000;
+            config.padded_vocab = 1000;
+            for (p, (n, values)) in config.parameters().iter().zip(initialise(&config, 1)) {
+                assert_eq!(p.name, n);
+                assert_eq!(values.len(), p.numel());
+                let max = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+                let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / values.len() as f64;
+                let rms = (values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+                let expect_uniform = |bound: f64| {
+                    assert!(f64::from(max) <= bound * 1.000001 && f64::from(max) > 0.95 * bound, "{n}: {max} {bound}");
+                    assert!((rms - bound / 3f64.sqrt()).abs() < 0.05 * bound, "{n}: {rms} {bound}");
+                };
+                match n.rsplit("mixer.").next().unwrap() {
+                    "backbone.embedding.weight" => assert!((rms - 0.02).abs() < 1e-3 && mean.abs() < 1e-3),
+                    "in_proj.weight" => expect_uniform(768f64.powf(-0.5)),
+                    "x_proj.weight" => expect_uniform(1536f64.powf(-0.5)),
+                    "out_proj.weight" => expect_uniform(1536f64.powf(-0.5) / 2f64.sqrt()),
+                    "dt_proj.weight" => expect_uniform(48f64.powf(-0.5)),
+                    "conv1d.weight" | "conv1d.bias" => expect_uniform(0.5),
+                    "dt_bias" | "dt_proj.bias" => {
+                        assert!(values.iter().all(|&v| (0.00099..0.1001).contains(&softplus(f64::from(v)))), "{n}");
+                    }
+                    "A_log" if name == "mamba-130m" => {
+                        assert!(values.chunks(16).all(|row| row[0] == 0.0 && (row[15] - 16f32.ln()).abs() < 1e-6));
+                    }
+                    "A_log" => assert!(values.iter().all(|&v| (0.0..=16f32.ln()).contains(&v)) && rms > 1.0, "{n}"),
+                    _ => assert!(values.iter().all(|&v| v == 1.0), "{n}"),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! What a run leaves behind beside its checkpoints: metrics and pictures.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+mod jsonl;
+mod plot;
+mod run;
+mod tensorboard;
+
+pub use jsonl::{Metrics, MetricsLog, read_metrics};
+pub use plot::LossPlot;
+pub use run::Records;
+pub use tensorboard::EventWriter;
+
+/// What can go wrong with the records of a run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    #[error("cannot write {path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{path}, line {line}: expected the metrics of a step, found {reason}; the file was changed or is damaged")]
+    Line { path: PathBuf, line: usize, reason: String },
+    #[error(transparent)]
+    Save(#[from] crate::atomic::SaveError),
+    #[error("there is nothing to draw: expected at least one step with a finite loss")]
+    NothingToDraw,
+    #[error("cannot draw {path}: {reason}")]
+    Draw { path: PathBuf, reason: String },
+}
+
+impl RecordError {
+    fn io(path: &Path) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Io { path: path.to_path_buf(), source }
+    }
+}

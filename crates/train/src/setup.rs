@@ -1,0 +1,200 @@
+//! From a configuration to what a run needs: the model's configuration, its tokenizer and its data.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hognose_model::checkpoint::{self, Checkpoint};
+use hognose_model::config::{Mixer, ModelConfig};
+use hognose_model::hub;
+use hognose_model::presets;
+use hognose_model::tokenizer::Tokenizer;
+
+use crate::config::TrainConfig;
+use crate::corpus;
+use crate::data::{Boundary, Document, Encode, EncodeError, Evaluation, Shape, TokenStore, sources, split};
+use crate::error::Error;
+
+/// Rows of the embedding are padded to a multiple of this, so that products have no ragged edge.
+const VOCABULARY_MULTIPLE: usize = 8;
+
+/// What a run starts from.
+#[derive(Debug)]
+pub struct Setup {
+    pub model: ModelConfig,
+    pub tokenizer: Tokenizer,
+    /// The folder of the checkpoint to start from, where there is one.
+    pub init: Option<PathBuf>,
+    pub training: Arc<TokenStore>,
+    /// Evaluations on all held-out text, and on a part of it for the way; none where nothing is held out.
+    pub evaluation: Option<(Evaluation, Evaluation)>,
+    /// The texts themselves, for the compressors.
+    pub documents: Option<(Vec<Document>, Vec<Document>)>,
+    /// Where the text comes from.
+    pub source: String,
+    pub warnings: Vec<String>,
+}
+
+/// Minutes of the run without any argument, everything included.
+pub const DEFAULT_MINUTES: f64 = 3.7;
+/// Tokens of the evaluations on the way.
+const QUICK_TOKENS: u64 = 64 * 1024;
+
+impl Setup {
+    /// Reads the texts and makes tokens of them. `compress` keeps the texts for the comparison with compressors.
+    pub fn new(config: &TrainConfig, compress: bool) -> Result<Setup, Error> {
+        let mut warnings = Vec::new();
+        let init = match &config.init {
+            Some(init) => Some(hub::resolve(&init.to_string_lossy())?),
+            None => None,
+        };
+        let tokenizer = match (&config.data.tokenizer, &init) {
+            (Some(path), _) => Tokenizer::load(path).map_err(hognose_model::Error::from)?,
+            (None, Some(folder)) => Tokenizer::find(folder).map_err(hognose_model::Error::from)?.ok_or_else(|| {
+                let message = "has no tokenizer; give one with --tokenizer FILE".to_string();
+                Error::Resume { path: folder.clone(), message }
+            })?,
+            (None, None) => Tokenizer::Bytes,
+        };
+        let (documents, source) = if config.data.paths.is_empty() {
+            (corpus::documents()?, corpus::DESCRIPTION.to_string())
+        } else {
+            let names: Vec<String> = config.data.paths.iter().map(|p| p.display().to_string()).collect();
+            (sources::read(&config.data.paths, &config.data.field)?, names.join(", "))
+        };
+        let split = split::split(documents, config.data.validation_fraction, config.seed)?;
+        warnings.extend(split.warning.clone());
+
+        let model = match &init {
+            Some(folder) => checkpoint::read_config(folder)?.2,
+            None => fresh_model(config, &tokenizer)?,
+        };
+        if tokenizer.vocab_size() > model.padded_vocab {
+            return Err(Error::Vocabulary { tokenizer: tokenizer.vocab_size(), model: model.padded_vocab });
+        }
+        let boundary = boundary(&tokenizer, &model)?;
+        let encoder = Encoder { tokenizer: &tokenizer, vocabulary: model.padded_vocab };
+        let store = |documents: &[Document]| TokenStore::encode(documents, &encoder, boundary).map(Arc::new);
+        let training = store(&split.training)?;
+        let evaluation = if split.validation.is_empty() {
+            None
+        } else {
+            let store = store(&split.validation)?;
+            let shape = Shape { length: config.length.max(256), batch: config.batch };
+            Some((Evaluation::new(store.clone(), shape, None)?, Evaluation::new(store, shape, Some(QUICK_TOKENS))?))
+        };
+        let documents = compress.then_some((split.training, split.validation));
+        Ok(Setup { model, tokenizer, init, training, evaluation, documents, source, warnings })
+    }
+
+    /// The checkpoint to start from.
+    pub fn open_init(&self) -> Result<Option<Checkpoint>, Error> {
+        Ok(match &self.init {
+            Some(folder) => Some(Checkpoint::open(folder)?),
+            None => None,
+        })
+    }
+}
+
+/// The preset with the changes of `[model]`, its vocabulary being the tokenizer's.
+fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfig, Error> {
+    let mut model = presets::preset(&config.preset).map_err(|e| Error::Preset(e.to_string()))?;
+    for (key, value) in &config.model {
+        change(&mut model, key, value)?;
+    }
+    let boundary = tokenizer.boundary();
+    model.vocab_size = tokenizer.vocab_size();
+    model.padded_vocab = model.vocab_size.next_multiple_of(VOCABULARY_MULTIPLE);
+    model.bos_token_id = boundary;
+    model.eos_token_ids = boundary.into_iter().collect();
+    model.pad_token_id = boundary;
+    model.validate().map_err(hognose_model::Error::from)?;
+    Ok(model)
+}
+
+/// Sets one value of `[model]`: sizes of all layers at once.
+fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(), Error> {
+    const KEYS: &str = "d_model, n_layer, d_state, d_conv, expand, headdim, ngroups, chunk_size, d_intermediate, \
+                        tie_embeddings";
+    let number =
+        || {
+            value.as_integer().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| {
+                Error::ModelValue { key: key.to_string(), found: value.to_string(), expected: "a whole number above 0" }
+            })
+        };
+    let expand = |m: &Mixer, d_model: usize| (m.d_inner() / d_model.max(1)).max(1);
+    match key {
+        "d_model" => {
+            let (old, new) = (model.d_model, number()?);
+            for layer in &mut model.layers {
+                let d_inner = expand(&layer.mixer, old) * new;
+                match &mut layer.mixer {
+                    Mixer::Mamba1(m) => (m.d_inner, m.dt_rank) = (d_inner, new.div_ceil(16)),
+                    Mixer::Mamba2(m) => (m.d_inner, m.d_ssm) = (d_inner, d_inner),
+                }
+            }
+            model.d_model = new;
+        }
+        "n_layer" => {
+            let layer = model.layers[0].clone();
+            model.layers = vec![layer; number()?];
+        }
+        "d_intermediate" => {
+            let hidden = number()?;
+            model.layers.iter_mut().for_each(|l| l.d_intermediate = Some(hidden));
+        }
+        "tie_embeddings" => {
+            model.tie_embeddings = value.as_bool().ok_or_else(|| Error::ModelValue {
+                key: key.to_string(),
+                found: value.to_string(),
+                expected: "true or false",
+            })?;
+        }
+        _ => {
+            let n = number()?;
+            let d_model = model.d_model;
+            for layer in &mut model.layers {
+                match (key, &mut layer.mixer) {
+                    ("d_state", Mixer::Mamba1(m)) => m.d_state = n,
+                    ("d_state", Mixer::Mamba2(m)) => m.d_state = n,
+                    ("d_conv", Mixer::Mamba1(m)) => m.d_conv = n,
+                    ("d_conv", Mixer::Mamba2(m)) => m.d_conv = n,
+                    ("expand", Mixer::Mamba1(m)) => m.d_inner = n * d_model,
+                    ("expand", Mixer::Mamba2(m)) => (m.d_inner, m.d_ssm) = (n * d_model, n * d_model),
+                    ("headdim", Mixer::Mamba2(m)) => m.headdim = n,
+                    ("ngroups", Mixer::Mamba2(m)) => m.ngroups = n,
+                    ("chunk_size", Mixer::Mamba2(m)) => m.chunk_size = n,
+                    _ => return Err(Error::ModelKey { key: key.to_string(), known: KEYS }),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The token that separates documents: the tokenizer's own, else the one that the model names.
+fn boundary(tokenizer: &Tokenizer, model: &ModelConfig) -> Result<Boundary, Error> {
+    let token = tokenizer.boundary().or(model.eos_token_ids.first().copied()).or(model.bos_token_id);
+    token.map(Boundary::Start).ok_or(Error::NoBoundary)
+}
+
+struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    vocabulary: usize,
+}
+
+impl Encode for Encoder<'_> {
+    fn encode(&self, bytes: &[u8]) -> Result<Vec<u32>, EncodeError> {
+        self.tokenizer.encode(bytes, false).map_err(|e| Box::new(e) as EncodeError)
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+}
+
+/// A name for a run's folder that is not taken: `runs/PRESET`, `runs/PRESET-2`, …
+pub fn free_folder(preset: &str) -> PathBuf {
+    let base = Path::new("runs");
+    let names = std::iter::once(preset.to_string()).chain((2..).map(|n| format!("{preset}-{n}")));
+    names.map(|name| base.join(name)).find(|p| !p.exists()).unwrap_or_else(|| base.join(preset))
+}

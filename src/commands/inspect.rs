@@ -1,0 +1,122 @@
+//! `hognose inspect`: say what a checkpoint or state file is.
+
+use std::io::Write;
+use std::path::Path;
+
+use hognose::ModelConfig;
+use hognose_core::DType;
+use hognose_core::error::human_bytes;
+use hognose_model::checkpoint;
+use hognose_model::config::Mixer;
+use hognose_model::state::{self, LayerState};
+use hognose_model::weights::Form;
+
+use crate::args::InspectArgs;
+use crate::terminal::thousands;
+
+pub fn run(args: InspectArgs) -> anyhow::Result<()> {
+    let path = Path::new(&args.path);
+    let mut out = std::io::stdout().lock();
+    if path.is_file() {
+        let Some(lines) = state::describe(path) else {
+            anyhow::bail!(
+                "{} is a file, but no state file of hognose; for a checkpoint give its folder (with config.json)",
+                path.display()
+            );
+        };
+        if args.json {
+            let object: serde_json::Map<_, _> = lines.into_iter().map(|(k, v)| (k, v.into())).collect();
+            writeln!(out, "{}", serde_json::Value::Object(object))?;
+        } else {
+            writeln!(out, "state file {}", path.display())?;
+            for (key, value) in lines {
+                writeln!(out, "  {key:<9} {value}")?;
+            }
+        }
+        return Ok(());
+    }
+    let folder = hognose_model::hub::resolve(&args.path)?;
+    let found = checkpoint::describe(&folder)?;
+    let memory = Memory::of(&found.config);
+    if args.json {
+        let mut object = serde_json::to_value(&found)?;
+        object["memory"] = serde_json::json!({
+            "weights_f32": memory.weights_f32, "weights_bf16": memory.weights_bf16,
+            "state": memory.state, "training": memory.training,
+        });
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    let config = &found.config;
+    writeln!(out, "{}", folder.display())?;
+    writeln!(out, "  architecture {} ({} format, model_type {})", found.architecture, found.format, found.model_type)?;
+    let tied = if config.tie_embeddings { "tied" } else { "untied" };
+    writeln!(out, "  vocabulary   {} in {} rows, {tied}", thousands(config.vocab_size as u64), config.padded_vocab)?;
+    writeln!(out, "  layers       {} × {}", config.n_layer(), mixer(config))?;
+    let dtypes: Vec<String> = found.dtypes.iter().map(|(d, n)| format!("{} in {d}", thousands(*n))).collect();
+    writeln!(out, "  parameters   {} ({})", thousands(found.parameters), dtypes.join(", "))?;
+    writeln!(
+        out,
+        "  tokenizer    {}",
+        found.tokenizer.as_deref().unwrap_or("none: generate from --ids or --tokenizer")
+    )?;
+    let (f32, bf16) = (human_bytes(memory.weights_f32), human_bytes(memory.weights_bf16));
+    writeln!(
+        out,
+        "  memory       {f32} of weights as f32, {bf16} as bf16; {} of state a sequence",
+        human_bytes(memory.state)
+    )?;
+    writeln!(out, "               {} to train, beside activations", human_bytes(memory.training))?;
+    writeln!(out, "\n  {} tensors", found.tensors.len())?;
+    for tensor in &found.tensors {
+        let shape: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
+        writeln!(out, "  {:<52} {:<5} [{}]", tensor.native_name, tensor.dtype.to_string(), shape.join(", "))?;
+    }
+    Ok(())
+}
+
+fn mixer(config: &ModelConfig) -> String {
+    let Some(layer) = config.layers.first() else { return "nothing".into() };
+    let mlp = layer.d_intermediate.map(|h| format!(", MLP of {h}")).unwrap_or_default();
+    match &layer.mixer {
+        Mixer::Mamba1(m) => format!(
+            "Mamba-1: d_model {}, d_inner {}, d_state {}, d_conv {}, dt_rank {}{mlp}",
+            config.d_model, m.d_inner, m.d_state, m.d_conv, m.dt_rank
+        ),
+        Mixer::Mamba2(m) => format!(
+            "Mamba-2: d_model {}, d_ssm {}, {} heads of {}, d_state {}, {} groups, d_conv {}, chunk {}{mlp}",
+            config.d_model,
+            m.d_ssm,
+            m.nheads(),
+            m.headdim,
+            m.d_state,
+            m.ngroups,
+            m.d_conv,
+            m.chunk_size
+        ),
+    }
+}
+
+/// Bytes that uses of a model need.
+struct Memory {
+    weights_f32: u64,
+    weights_bf16: u64,
+    state: u64,
+    training: u64,
+}
+
+impl Memory {
+    fn of(config: &ModelConfig) -> Memory {
+        let bytes = |form: Form| -> u64 {
+            config.parameters().iter().map(|p| p.numel() as u64 * form.of(p, config).0.size() as u64).sum()
+        };
+        let state = config.layers.iter().map(LayerState::of).map(|l| 4 * (l.conv + l.ssm) as u64).sum();
+        Memory {
+            weights_f32: bytes(Form::Inference(DType::F32)),
+            weights_bf16: bytes(Form::Inference(DType::BF16)),
+            state,
+            // Parameters, gradients and two moments.
+            training: 4 * bytes(Form::Training),
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! One file a command.
+
+pub mod bench;
+pub mod convert;
+pub mod forward;
+pub mod generate;
+pub mod inspect;
+pub mod train;
+
+use hognose::{DType, LoadOptions, Loaded};
+use hognose_core::error::human_bytes;
+
+use crate::args::Compute;
+
+/// Loads a checkpoint as the arguments say, and tells the person on stderr.
+pub fn load(model: &str, tokenizer: Option<&std::path::Path>, compute: &Compute) -> anyhow::Result<Loaded> {
+    let options = LoadOptions {
+        device: Some(compute.device()?),
+        dtype: compute.dtype.map(|d| d.dtype()),
+        tokenizer: tokenizer.map(Into::into),
+    };
+    hognose::load(model, &options).map_err(anyhow::Error::from_boxed)
+}
+
+/// `mamba-130m: 129 M parameters, 493 MiB, f32`.
+pub fn describe(loaded: &Loaded) -> String {
+    let dtype = match loaded.model.weights.form() {
+        hognose_model::weights::Form::Inference(DType::BF16) => "bf16 matrices",
+        _ => "f32",
+    };
+    format!(
+        "{} parameters, {} of weights ({dtype}) on {}",
+        crate::terminal::thousands(loaded.model.config.parameter_count()),
+        human_bytes(loaded.model.weights.bytes() as u64),
+        loaded.model.device.describe(),
+    )
+}
