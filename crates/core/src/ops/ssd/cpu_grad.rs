@@ -13,6 +13,9 @@
 //! The gradient of log a_t is the sum of all terms that decay through row t: pairs (j < t ≤ s), the old state seen by
 //! rows s ≥ t, rows j < t in the new state, the old state in the new one. It is added up as such, not as a difference
 //! of sums over rows and columns, which would cancel.
+//!
+//! Memory: one state a block of all heads (for blocks of 128 rows, P · N · H / 128 values a token), and parts of dB and
+//! dC of one block for a bounded number of sets of heads.
 
 use super::lanes::Transpose;
 use super::product::{Band, Init, Product};
@@ -62,7 +65,7 @@ impl Cut {
 
 /// Multiply-adds of the products, twice.
 pub(super) fn flops(dims: &Dims, tokens: usize) -> f64 {
-    let (block, state) = (dims.block(GRADIENT_BLOCK) as f64, dims.state() as f64);
+    let (block, state) = (dims.block(GRADIENT_BLOCK).min(tokens) as f64, dims.state() as f64);
     let cut = Cut::new(dims, 1);
     let head = 10.0 * state + 2.0 * block * dims.headdim as f64;
     let set = 3.0 * block * dims.d_state as f64;

@@ -390,7 +390,7 @@ impl Kernel for Recurrence {
     }
 }
 
-/// out[r] = factor[r] · Σ_c a[r, c] b[r, c] over rows without gaps.
+/// out_r = Σ_c a_rc · b_rc over rows without gaps.
 pub(super) struct RowDots {
     pub rows: usize,
     pub cols: usize,
