@@ -67,11 +67,15 @@ pub fn resume(
     device: Device,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Error> {
-    let run = RunFolder::open(folder)?;
+    let run = RunFolder::open(folder)?.lock()?;
     let steps = read_config(folder)?.steps;
     let config = config.resolve()?;
     let checkpoint = run.latest()?;
     let mut progress = read_progress(&checkpoint)?;
+    if config.steps < progress.step {
+        let message = format!("has done {} steps already; give at least as many as --steps", progress.step);
+        return Err(Error::Resume { path: folder.into(), message });
+    }
     if config.steps != steps {
         progress.schedule = config.learning_rate();
         progress.decay_fixed = false;
@@ -202,7 +206,6 @@ impl Trainer {
         let key = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
         let found = &self.plans[&key];
         let held_out = self.setup.evaluation.as_ref().map(|e| e.0.bytes()).unwrap_or(0);
-        let documents = self.setup.documents.as_ref();
         let persistent = 4 * self.model.weights.bytes() as u64;
         let device = &self.model.device;
         observer.plan(&PlanReport {
@@ -220,13 +223,14 @@ impl Trainer {
             training_documents: self.setup.training.documents(),
             training_bytes: self.setup.training.bytes(),
             training_tokens: self.setup.training.tokens(),
-            held_out_documents: documents.map_or(0, |d| d.1.len()),
+            held_out_documents: self.setup.held_out_documents,
             held_out_bytes: held_out,
             data: self.setup.source.clone(),
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
         });
         // Memory that was not touched yet still counts as free: gradients and moments come on top of the arena.
-        let (needed, available) = (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
+        let (needed, available) =
+            (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
         if needed as u64 > available {
             let [needed, available] = [needed as u64, available].map(human_bytes);
             return Err(hognose_core::Error::Memory { needed, available }.into());
