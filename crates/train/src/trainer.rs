@@ -76,7 +76,8 @@ pub fn resume(
         let message = format!("has done {} steps already; give at least as many as --steps", progress.step);
         return Err(Error::Resume { path: folder.into(), message });
     }
-    if config.steps != steps {
+    // The second: a session with more steps that ended before its first checkpoint.
+    if config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed) {
         progress.schedule = config.learning_rate();
         progress.decay_fixed = false;
         atomic::write(&folder.join(CONFIG), config.to_toml()?.as_bytes())?;
