@@ -226,7 +226,8 @@ impl Trainer {
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
         });
         // Memory that was not touched yet still counts as free: gradients and moments come on top of the arena.
-        let (needed, available) = (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
+        let (needed, available) =
+            (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
         if needed as u64 > available {
             let [needed, available] = [needed as u64, available].map(human_bytes);
             return Err(hognose_core::Error::Memory { needed, available }.into());
