@@ -9,7 +9,8 @@ const EXAMPLES: [&str; 3] = [
 
 #[test]
 fn the_readme_quotes_the_examples() {
-    let outdent = |text: &&str| text.lines().map(|l| l.strip_prefix("    ").unwrap_or(l)).collect::<Vec<_>>().join("\n");
+    let outdent =
+        |text: &&str| text.lines().map(|l| l.strip_prefix("    ").unwrap_or(l)).collect::<Vec<_>>().join("\n");
     let examples: Vec<String> = EXAMPLES.iter().map(outdent).collect();
     let quotes: Vec<&str> = README.split("```rust\n").skip(1).filter_map(|rest| rest.split("\n```").next()).collect();
     assert_eq!(quotes.len(), EXAMPLES.len());
