@@ -36,8 +36,8 @@ pub struct Setup {
 
 /// Minutes of the run without any argument, everything included.
 pub const DEFAULT_MINUTES: f64 = 3.7;
-/// Tokens of the evaluations on the way.
-const QUICK_TOKENS: u64 = 64 * 1024;
+/// Tokens of the evaluations on the way, at most about.
+const QUICK_TOKENS: u64 = 256 * 1024;
 
 impl Setup {
     /// Reads the texts and makes tokens of them. `compress` keeps the texts for the comparison with compressors.

@@ -236,9 +236,6 @@ impl Trainer {
         if let Some((training, held_out)) = self.setup.documents.take() {
             self.baselines = (!held_out.is_empty()).then(|| compress(training, held_out));
         }
-        if self.progress.step == 0 {
-            self.evaluate(run, &mut records, observer, false)?;
-        }
         let mut interrupted = false;
         while self.progress.step < self.progress.schedule.steps && !self.out_of_time() {
             let report = self.step(run)?;
@@ -405,8 +402,9 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         self.evaluation_speed = Some(seconds / evaluation.bytes().max(1) as f64);
         let step = self.progress.step;
-        // Parts and the whole are not compared with each other: the last evaluation decides for itself.
-        let best = step > 0 && self.progress.best.is_none_or(|b| bits_per_byte < b.bits_per_byte || full);
+        // A part and the whole are not compared with each other: then the last evaluation decides for itself.
+        let other = full && all.bytes() > quick.bytes();
+        let best = self.progress.best.is_none_or(|b| bits_per_byte < b.bits_per_byte || other);
         if best {
             self.progress.best = Some(Best { step, bits_per_byte });
         }
@@ -434,10 +432,11 @@ impl Trainer {
         self.config.minutes.is_some_and(|m| self.elapsed() + self.final_seconds() > 60.0 * m)
     }
 
-    /// Seconds that the evaluation at the end will need.
+    /// Seconds that the evaluation at the end will need: as the last one, or half of what training on it would take.
     fn final_seconds(&self) -> f64 {
-        let bytes = self.setup.evaluation.as_ref().map_or(0, |e| e.0.bytes());
-        self.evaluation_speed.unwrap_or(0.0) * bytes as f64
+        let bytes = self.setup.evaluation.as_ref().map_or(0, |e| e.0.bytes()) as f64;
+        let per_token = self.seconds_per_step.unwrap_or(0.0) / self.config.tokens_per_step() as f64;
+        self.evaluation_speed.unwrap_or(0.5 * per_token) * bytes
     }
 
     /// With a time budget: begins the decay when what is left of it is just enough for the decay's share of the steps.

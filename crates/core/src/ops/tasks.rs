@@ -9,6 +9,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::dtype::DType;
 use crate::graph::Mat;
+use crate::ops::vectors::load;
 use crate::plan::ALIGNMENT;
 
 /// Tasks that are enough for any number of threads.
@@ -166,26 +167,6 @@ pub(crate) fn vectors<S: Simd>(n: usize) -> usize {
     n.div_ceil(S::LANES)
 }
 
-/// Reads `n` values of a vector, 0 in the other lanes.
-///
-/// # Safety
-/// As [`Simd::load_partial`].
-#[inline(always)]
-pub(crate) unsafe fn load_n<S: Simd>(s: S, from: *const f32, n: usize) -> S::V {
-    // SAFETY: the caller vouches for n values.
-    unsafe { if n == S::LANES { s.load(from) } else { s.load_partial(from, n) } }
-}
-
-/// Writes `n` lanes of a vector.
-///
-/// # Safety
-/// As [`Simd::store_partial`].
-#[inline(always)]
-pub(crate) unsafe fn store_n<S: Simd>(s: S, to: *mut f32, v: S::V, n: usize) {
-    // SAFETY: the caller vouches for n values.
-    unsafe { if n == S::LANES { s.store(to, v) } else { s.store_partial(to, v, n) } }
-}
-
 /// Copies rows `first .. first + lanes` of `m`, which hold one value per column each, to `to` with the rows as lanes:
 /// one vector per column, lanes past `lanes` zero.
 ///
@@ -198,7 +179,7 @@ pub(crate) unsafe fn transpose_rows<S: Simd>(s: S, m: Mat, first: usize, lanes: 
         let mut rows = [s.zero(); MAX_LANES];
         for (l, row) in rows.iter_mut().enumerate().take(lanes) {
             // SAFETY: n values follow column `col` of the row.
-            *row = unsafe { load_n(s, m.at::<f32>(first + l, col), n) };
+            *row = unsafe { load(s, m.at::<f32>(first + l, col), n) };
         }
         for (i, &column) in s.transpose(rows).iter().enumerate().take(n) {
             // SAFETY: the caller vouches for a vector per column.

@@ -10,9 +10,8 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{
-    ChannelBlocks, Scratch, SegmentGroups, Segments, load_n, run_with_slots, store_n, transpose_rows, vectors,
-};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
+use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level: 512 bytes of a row.
 const BLOCK: usize = 128;
@@ -74,10 +73,10 @@ impl<'a> Inputs<'a> {
         unsafe {
             if position + 1 >= self.width {
                 let row = self.segments.rows(segment).start + position + 1 - self.width;
-                load_n(s, self.x.at::<f32>(row, channel), lanes)
+                load(s, self.x.at::<f32>(row, channel), lanes)
             } else {
                 let col = position * self.x.cols + channel;
-                self.initial.map_or(s.zero(), |m| load_n(s, m.at::<f32>(segment, col), lanes))
+                self.initial.map_or(s.zero(), |m| load(s, m.at::<f32>(segment, col), lanes))
             }
         }
     }
@@ -137,11 +136,11 @@ impl Filters<'_> {
         // SAFETY: as the caller says.
         unsafe {
             let taps = self.of::<S>(v);
-            let mut sum = inputs.bias.map_or(s.zero(), |m| load_n(s, m.at::<f32>(0, channel), lanes));
+            let mut sum = inputs.bias.map_or(s.zero(), |m| load(s, m.at::<f32>(0, channel), lanes));
             if t + 1 >= width {
                 let oldest = inputs.segments.rows(segment).start + t + 1 - width;
                 for k in 0..width {
-                    let x = load_n(s, inputs.x.at::<f32>(oldest + k, channel), lanes);
+                    let x = load(s, inputs.x.at::<f32>(oldest + k, channel), lanes);
                     sum = s.fma(s.load(taps.add(k * S::LANES)), x, sum);
                 }
             } else {
@@ -195,7 +194,7 @@ impl Walk<'_> {
                         unsafe {
                             let sum = self.filters.sum::<S, W>(s, segment, t, v);
                             let value = if self.silu { math::silu(s, sum) } else { sum };
-                            store_n(s, y.at::<f32>(rows.start + t, channel), value, lanes);
+                            store(s, y.at::<f32>(rows.start + t, channel), value, lanes);
                         }
                     }
                 }
@@ -220,7 +219,7 @@ impl Walk<'_> {
                 // SAFETY: as the caller says.
                 unsafe {
                     let value = inputs.at(s, segment, length + j, channel, lanes);
-                    store_n(s, states.at::<f32>(segment, j * inputs.x.cols + channel), value, lanes);
+                    store(s, states.at::<f32>(segment, j * inputs.x.cols + channel), value, lanes);
                 }
             }
         }

@@ -20,7 +20,8 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, load_n, run_with_slots, store_n, vectors};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, run_with_slots, vectors};
+use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level.
 const BLOCK: usize = 128;
@@ -143,7 +144,7 @@ impl Walk<'_> {
         // SAFETY: as the caller says.
         unsafe {
             let sum = self.sums.at::<f32>(0, of + channel);
-            store_n(s, sum, s.add(load_n(s, sum, lanes), value), lanes);
+            store(s, sum, s.add(load(s, sum, lanes), value), lanes);
         }
     }
 
@@ -195,7 +196,7 @@ impl Walk<'_> {
                 for t in 0..steps {
                     for v in 0..count {
                         let (channel, lanes) = self.filters.vector::<S>(v);
-                        let mut ds = load_n(s, dy.at::<f32>(start + first + t, channel), lanes);
+                        let mut ds = load(s, dy.at::<f32>(start + first + t, channel), lanes);
                         if self.silu {
                             let sum = self.filters.sum::<S, W>(s, segment, first + t, v);
                             ds = s.mul(ds, math::dsilu(s, sum));
@@ -222,7 +223,7 @@ impl Walk<'_> {
                         let ds = s.load(self.ds::<S>(v).add((t + width - 1 - k) * S::LANES));
                         sum = s.fma(s.load(taps.add(k * S::LANES)), ds, sum);
                     }
-                    store_n(s, dx.at::<f32>(start + first + t, channel), sum, lanes);
+                    store(s, dx.at::<f32>(start + first + t, channel), sum, lanes);
                 }
             }
         }
@@ -274,7 +275,7 @@ impl Walk<'_> {
             Some(d_final) if position >= length => {
                 let col = (position - length) * self.filters.inputs.x.cols + channel;
                 // SAFETY: as the caller says.
-                unsafe { load_n(s, d_final.at::<f32>(segment, col), lanes) }
+                unsafe { load(s, d_final.at::<f32>(segment, col), lanes) }
             }
             _ => s.zero(),
         }
@@ -299,7 +300,7 @@ impl Walk<'_> {
                         sum = s.fma(s.load(taps.add(k * S::LANES)), ds, sum);
                     }
                     let col = position * inputs.x.cols + channel;
-                    store_n(s, d_initial.at::<f32>(segment, col), sum, lanes);
+                    store(s, d_initial.at::<f32>(segment, col), sum, lanes);
                 }
             }
         }

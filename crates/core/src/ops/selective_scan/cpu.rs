@@ -13,9 +13,8 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{
-    ChannelBlocks, Scratch, SegmentGroups, Segments, load_n, run_with_slots, store_n, transpose_rows, vectors,
-};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
+use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level: 256 bytes of a row.
 const BLOCK: usize = 64;
@@ -119,7 +118,7 @@ impl Block {
 pub(super) unsafe fn per_channel<S: Simd>(s: S, m: Option<Mat>, channel: usize, lanes: usize, or: f32) -> S::V {
     match m {
         // SAFETY: the caller vouches for the columns.
-        Some(m) => unsafe { load_n(s, m.at::<f32>(0, channel), lanes) },
+        Some(m) => unsafe { load(s, m.at::<f32>(0, channel), lanes) },
         None => s.splat(or),
     }
 }
@@ -132,7 +131,7 @@ pub(super) unsafe fn per_channel<S: Simd>(s: S, m: Option<Mat>, channel: usize, 
 pub(super) unsafe fn biased_dt<S: Simd>(s: S, inputs: &Inputs, row: usize, channel: usize, lanes: usize) -> S::V {
     // SAFETY: the caller vouches for row and columns.
     unsafe {
-        let dt = load_n(s, inputs.dt.at::<f32>(row, channel), lanes);
+        let dt = load(s, inputs.dt.at::<f32>(row, channel), lanes);
         s.add(dt, per_channel(s, inputs.dt_bias, channel, lanes, 0.0))
     }
 }
@@ -209,7 +208,7 @@ impl Coefficients {
     /// # Safety
     /// `n` is below the number of states.
     #[inline(always)]
-    pub unsafe fn from_state<S: Simd>(self, n: usize) -> Coefficients {
+    pub unsafe fn at_state<S: Simd>(self, n: usize) -> Coefficients {
         // SAFETY: the caller keeps n inside.
         unsafe {
             Coefficients {
@@ -324,8 +323,8 @@ impl Walk<'_> {
                 let col = n * channels + channel;
                 // SAFETY: the builder checked the shapes of the states.
                 unsafe {
-                    let h = scan.initial.map_or(s.zero(), |m| load_n(s, m.at::<f32>(segment, col), lanes));
-                    store_n(s, scan.states.at::<f32>(segment, col), h, lanes);
+                    let h = scan.initial.map_or(s.zero(), |m| load(s, m.at::<f32>(segment, col), lanes));
+                    store(s, scan.states.at::<f32>(segment, col), h, lanes);
                 }
             }
         }
@@ -356,7 +355,7 @@ impl Walk<'_> {
             for t in 0..steps {
                 let dt = biased_dt(s, inputs, first + t, channel, lanes);
                 let delta = if self.scan.forward.softplus { math::softplus(s, dt) } else { dt };
-                let x = load_n(s, inputs.x.at::<f32>(first + t, channel), lanes);
+                let x = load(s, inputs.x.at::<f32>(first + t, channel), lanes);
                 s.store(tile.delta.add(t * S::LANES), delta);
                 s.store(tile.input.add(t * S::LANES), if ZOH { x } else { s.mul(delta, x) });
                 s.store(tile.y.add(t * S::LANES), s.mul(skip, x));
@@ -377,9 +376,9 @@ impl Walk<'_> {
             unsafe {
                 let mut value = s.load(tile.y.add(t * S::LANES));
                 if let Some(z) = self.scan.inputs.z {
-                    value = s.mul(value, math::silu(s, load_n(s, z.at::<f32>(first + t, channel), lanes)));
+                    value = s.mul(value, math::silu(s, load(s, z.at::<f32>(first + t, channel), lanes)));
                 }
-                store_n(s, y.at::<f32>(first + t, channel), value, lanes);
+                store(s, y.at::<f32>(first + t, channel), value, lanes);
             }
         }
     }
@@ -414,14 +413,14 @@ impl Advance<'_, '_> {
         // SAFETY: the builder checked the shapes, and rows, states and channels lie inside them.
         unsafe {
             let all = Coefficients::of::<S, ZOH>(self.walk.scratch, self.v, scan.forward.shape.d_state);
-            let a = all.from_state::<S>(n);
+            let a = all.at_state::<S>(n);
             let mut h = [s.zero(); COUNT];
             for (i, h) in h.iter_mut().enumerate() {
                 if let Some(from) = self.from {
-                    *h = load_n(s, from.at::<f32>(self.segment, state_col(i)), lanes);
+                    *h = load(s, from.at::<f32>(self.segment, state_col(i)), lanes);
                 }
                 if let Some(keep) = self.keep {
-                    store_n(s, keep.at::<f32>(self.keep_row, state_col(i)), *h, lanes);
+                    store(s, keep.at::<f32>(self.keep_row, state_col(i)), *h, lanes);
                 }
             }
             for t in 0..self.steps {
@@ -446,7 +445,7 @@ impl Advance<'_, '_> {
                 s.store(tile.y.add(t * S::LANES), y);
             }
             for (i, &h) in h.iter().enumerate() {
-                store_n(s, scan.states.at::<f32>(self.segment, state_col(i)), h, lanes);
+                store(s, scan.states.at::<f32>(self.segment, state_col(i)), h, lanes);
             }
         }
     }

@@ -25,7 +25,8 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, load_n, run_with_slots, store_n, vectors};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, vectors};
+use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level.
 const BLOCK: usize = 64;
@@ -204,17 +205,17 @@ impl<'a> Task<'a> {
 
     /// The rows that the chunks which start in the slab cover: they follow one another, since chunks fill segments.
     fn covered(&self, slab: Range<usize>) -> Range<usize> {
-        let mut covered = usize::MAX..0;
+        let mut covered: Option<Range<usize>> = None;
         for segment in 0..self.segments.len() {
             let rows = self.segments.rows(segment);
             let chunk = chunk_len(self.layout.d_state);
             let chunks = chunks_in(&rows, &slab, chunk);
             if !chunks.is_empty() {
-                covered.start = covered.start.min(rows.start + chunks.start * chunk);
-                covered.end = covered.end.max((rows.start + chunks.end * chunk).min(rows.end));
+                let start = covered.map_or(rows.start + chunks.start * chunk, |c| c.start);
+                covered = Some(start..(rows.start + chunks.end * chunk).min(rows.end));
             }
         }
-        covered
+        covered.unwrap_or_default()
     }
 
     /// Adds up dB and dC over the blocks of each group.
@@ -397,8 +398,8 @@ impl Walk<'_> {
                 let col = n * self.task.layout.channels + channel;
                 // SAFETY: the builder checked the shapes of the states.
                 unsafe {
-                    let g = self.task.d_final.map_or(s.zero(), |m| load_n(s, m.at::<f32>(segment, col), lanes));
-                    store_n(s, self.task.g.at::<f32>(segment, col), g, lanes);
+                    let g = self.task.d_final.map_or(s.zero(), |m| load(s, m.at::<f32>(segment, col), lanes));
+                    store(s, self.task.g.at::<f32>(segment, col), g, lanes);
                 }
             }
         }
@@ -469,12 +470,12 @@ impl Walk<'_> {
             for t in 0..chunk.steps {
                 let (row, at) = (chunk.first + t, t * S::LANES);
                 let dt = biased_dt(s, &task.inputs, row, channel, lanes);
-                let x = load_n(s, task.inputs.x.at::<f32>(row, channel), lanes);
+                let x = load(s, task.inputs.x.at::<f32>(row, channel), lanes);
                 let mut dy = s.zero();
                 if let Some(m) = task.dy {
-                    dy = load_n(s, m.at::<f32>(row, channel), lanes);
+                    dy = load(s, m.at::<f32>(row, channel), lanes);
                     if let Some(z) = task.inputs.z {
-                        dy = s.mul(dy, math::silu(s, load_n(s, z.at::<f32>(row, channel), lanes)));
+                        dy = s.mul(dy, math::silu(s, load(s, z.at::<f32>(row, channel), lanes)));
                     }
                 }
                 s.store(to.delta.add(at), if task.forward.softplus { math::softplus(s, dt) } else { dt });
@@ -524,11 +525,11 @@ impl Walk<'_> {
         let (from, to) = (self.channel_arrays::<S>(v), self.state_arrays::<S>());
         // SAFETY: as the caller says.
         unsafe {
-            let a = Coefficients::of::<S, ZOH>(self.scratch, v, task.layout.d_state).from_state::<S>(n);
+            let a = Coefficients::of::<S, ZOH>(self.scratch, v, task.layout.d_state).at_state::<S>(n);
             let mut h = [s.zero(); COUNT];
             for (i, h) in h.iter_mut().enumerate() {
                 let col = (n + i) * task.layout.channels + channel;
-                *h = load_n(s, task.chunk_states.at::<f32>(chunk.kept, col), lanes);
+                *h = load(s, task.chunk_states.at::<f32>(chunk.kept, col), lanes);
                 s.store(to.h.add(i * S::LANES), *h);
             }
             for t in 0..chunk.steps {
@@ -582,14 +583,14 @@ impl Walk<'_> {
         let state_col = |i: usize| (n + i) * task.layout.channels + channel;
         // SAFETY: as the caller says.
         unsafe {
-            let a = Coefficients::of::<S, ZOH>(self.scratch, v, task.layout.d_state).from_state::<S>(n);
+            let a = Coefficients::of::<S, ZOH>(self.scratch, v, task.layout.d_state).at_state::<S>(n);
             let later = if chunk.is_last { task.d_final } else { Some(task.g) };
             let (mut g, mut da) = ([s.zero(); COUNT], [s.zero(); COUNT]);
             for i in 0..COUNT {
                 if let Some(later) = later {
-                    g[i] = load_n(s, later.at::<f32>(chunk.segment, state_col(i)), lanes);
+                    g[i] = load(s, later.at::<f32>(chunk.segment, state_col(i)), lanes);
                 }
-                da[i] = load_n(s, task.time_sums.at::<f32>(self.segment_group, state_col(i)), lanes);
+                da[i] = load(s, task.time_sums.at::<f32>(self.segment_group, state_col(i)), lanes);
             }
             for t in (0..chunk.steps).rev() {
                 let delta = s.load(of.delta.add(t * S::LANES));
@@ -637,8 +638,8 @@ impl Walk<'_> {
                 s.store(of.delta_sum.add(t * S::LANES), delta_sum);
             }
             for i in 0..COUNT {
-                store_n(s, task.g.at::<f32>(chunk.segment, state_col(i)), g[i], lanes);
-                store_n(s, task.time_sums.at::<f32>(self.segment_group, state_col(i)), da[i], lanes);
+                store(s, task.g.at::<f32>(chunk.segment, state_col(i)), g[i], lanes);
+                store(s, task.time_sums.at::<f32>(self.segment_group, state_col(i)), da[i], lanes);
             }
         }
     }
@@ -658,7 +659,7 @@ impl Walk<'_> {
             let sum = |i: usize| {
                 task.time_sums.at::<f32>(self.segment_group, (task.layout.d_state + i) * task.layout.channels + channel)
             };
-            let (mut dd, mut d_bias) = (load_n(s, sum(0), lanes), load_n(s, sum(1), lanes));
+            let (mut dd, mut d_bias) = (load(s, sum(0), lanes), load(s, sum(1), lanes));
             for t in 0..chunk.steps {
                 let (row, at) = (chunk.first + t, t * S::LANES);
                 let (delta, x, dy) = (s.load(of.delta.add(at)), s.load(of.x.add(at)), s.load(of.dy.add(at)));
@@ -675,20 +676,20 @@ impl Walk<'_> {
                 dd = s.fma(x, dy, dd);
                 d_bias = s.add(d_dt, d_bias);
                 if let Some(out) = task.dx {
-                    store_n(s, out.at::<f32>(row, channel), dx, lanes);
+                    store(s, out.at::<f32>(row, channel), dx, lanes);
                 }
                 if let Some(out) = task.d_dt {
-                    store_n(s, out.at::<f32>(row, channel), d_dt, lanes);
+                    store(s, out.at::<f32>(row, channel), d_dt, lanes);
                 }
                 if let (Some(out), Some(z), Some(dy)) = (task.dz, task.inputs.z, task.dy) {
-                    let slope = math::dsilu(s, load_n(s, z.at::<f32>(row, channel), lanes));
-                    let dy = load_n(s, dy.at::<f32>(row, channel), lanes);
+                    let slope = math::dsilu(s, load(s, z.at::<f32>(row, channel), lanes));
+                    let dy = load(s, dy.at::<f32>(row, channel), lanes);
                     let dz = s.mul(s.mul(dy, s.load(of.y.add(at))), slope);
-                    store_n(s, out.at::<f32>(row, channel), dz, lanes);
+                    store(s, out.at::<f32>(row, channel), dz, lanes);
                 }
             }
-            store_n(s, sum(0), dd, lanes);
-            store_n(s, sum(1), d_bias, lanes);
+            store(s, sum(0), dd, lanes);
+            store(s, sum(1), d_bias, lanes);
         }
     }
 }

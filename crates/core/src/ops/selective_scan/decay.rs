@@ -1,13 +1,14 @@
 //! exp and expm1 of Δ·A in base 2: A is multiplied by log₂ e once a call, which saves the range reduction its products.
 
+use std::f32::consts::LN_2;
+
 use crate::cpu::simd::Simd;
 
 /// Below this |A|, B̄ of the zero-order hold is its limit ΔB: the two differ by ΔA/2, less than f32 resolves.
 pub(super) const ZOH_LIMIT: f32 = 1e-12;
 
 /// (2ʳ − 1) / r on |r| ≤ ½: r times it is within 2⁻²⁸ of 2ʳ − 1, relative to 2ʳ. A minimax fit (Remez).
-const COEFFICIENTS: [f32; 6] =
-    [0.693_147_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_4, 0.000_153_533_62];
+const COEFFICIENTS: [f32; 6] = [LN_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_4, 0.000_153_533_62];
 
 /// x = n + r with integral n and |r| ≤ ½, exactly, and (2ʳ − 1) / r.
 #[inline(always)]

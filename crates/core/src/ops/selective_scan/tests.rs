@@ -13,6 +13,8 @@ const GRADIENT_BOUND: f64 = 1e-4;
 /// Bound against finite differences, which are themselves off by about 1e-8.
 const DIFFERENCES_BOUND: f64 = 2e-5;
 
+type Inputs = Vec<(&'static str, Value)>;
+
 /// A scan to test: shapes, which operands are given, options.
 #[derive(Clone)]
 struct Setup {
@@ -46,7 +48,7 @@ impl Setup {
         Pack::from_lengths(self.lengths.iter().copied()).unwrap()
     }
 
-    fn inputs(&self) -> Vec<(&'static str, Value)> {
+    fn inputs(&self) -> Inputs {
         let (t, d, n) = (self.pack().tokens(), self.channels, self.d_state);
         let a = match &self.a {
             Some(a) => Value::new(d, n, a.clone()),
@@ -556,7 +558,7 @@ fn rows_outside_all_segments_are_zero() {
 #[test]
 fn mistaken_shapes_are_named_errors() {
     let setup = Setup::new(&[3], 4, 2);
-    let message = |change: &dyn Fn(&mut Vec<(&'static str, Value)>)| {
+    let message = |change: &dyn Fn(&mut Inputs)| {
         let mut inputs = setup.inputs();
         change(&mut inputs);
         let mut case = Case::new();
@@ -577,9 +579,8 @@ fn mistaken_shapes_are_named_errors() {
         };
         selective_scan(&mut case.graph, scan).unwrap_err().to_string()
     };
-    let replace = |i: usize, rows: usize, cols: usize| {
-        message(&|inputs: &mut Vec<(&'static str, Value)>| inputs[i].1 = Value::random(rows, cols, 1))
-    };
+    let replace =
+        |i: usize, rows: usize, cols: usize| message(&|inputs: &mut Inputs| inputs[i].1 = Value::random(rows, cols, 1));
     assert_eq!(replace(1, 3, 5), "selective_scan: dt must be [3, 4], but is [3, 5]");
     assert_eq!(replace(2, 5, 2), "selective_scan: A must be [4, any], but is [5, 2]");
     assert!(replace(3, 3, 3).contains("B of 3 columns"));
