@@ -21,6 +21,7 @@ const BUFFER_ALIGNMENT: usize = 4096;
 /// Where graphs run.
 #[derive(Clone, Debug)]
 pub enum Device {
+    /// The threads and the instruction set of this machine's CPU.
     Cpu(Arc<Cpu>),
 }
 
@@ -137,6 +138,7 @@ impl Buffer {
 /// A place in a buffer, bound to an external tensor of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice<'a> {
+    /// The memory.
     pub buffer: &'a Buffer,
     /// Bytes from the buffer's start.
     pub offset: usize,
