@@ -45,6 +45,7 @@ pub struct LoadOptions {
 /// A checkpoint in memory, ready to compute.
 #[derive(Debug)]
 pub struct Loaded {
+    /// Configuration, parameters and device.
     pub model: Model,
     /// Missing where the checkpoint has none.
     pub tokenizer: Option<Tokenizer>,

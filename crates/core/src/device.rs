@@ -24,6 +24,7 @@ const LARGE: usize = 64 << 20;
 /// Where graphs run.
 #[derive(Clone, Debug)]
 pub enum Device {
+    /// The threads and the instruction set of this machine's CPU.
     Cpu(Arc<Cpu>),
 }
 
@@ -140,6 +141,7 @@ impl Buffer {
 /// A place in a buffer, bound to an external tensor of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice<'a> {
+    /// The memory.
     pub buffer: &'a Buffer,
     /// Bytes from the buffer's start.
     pub offset: usize,
@@ -154,14 +156,15 @@ impl Device {
     /// Zeroed memory on the device. Refuses more than is free, instead of running into the system's limit later.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         if bytes >= LARGE {
-            self.check_memory(bytes as u64)?;
+            self.require(bytes as u64)?;
         }
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
         }
     }
 
-    fn check_memory(&self, needed: u64) -> Result<(), Error> {
+    /// Refuses to need more bytes than are free.
+    pub fn require(&self, needed: u64) -> Result<(), Error> {
         let available = self.available_memory();
         if needed > available {
             return Err(Error::Memory { needed: human_bytes(needed), available: human_bytes(available) });
@@ -239,7 +242,7 @@ impl Device {
 
     /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
     pub fn arena(&self, plan: &Plan) -> Result<Buffer, Error> {
-        self.check_memory(plan.arena_bytes() as u64)?;
+        self.require(plan.arena_bytes() as u64)?;
         self.alloc(plan.arena_bytes())
     }
 

@@ -18,8 +18,11 @@ const LOGITS: &str = "logits";
 /// A model in the memory of a device.
 #[derive(Debug)]
 pub struct Model {
+    /// What it is made of.
     pub config: ModelConfig,
+    /// Its parameters, in the form for inference.
     pub weights: Weights,
+    /// Where they are and where it runs.
     pub device: Device,
 }
 
@@ -67,6 +70,7 @@ impl<'m> Session<'m> {
         Ok(Session { model, plans: HashMap::new(), arena, pool, positions: vec![0; slots] })
     }
 
+    /// The model that it runs.
     pub fn model(&self) -> &'m Model {
         self.model
     }

@@ -26,6 +26,7 @@ pub struct LayerState {
 }
 
 impl LayerState {
+    /// The sizes of a layer's state.
     pub fn of(layer: &LayerConfig) -> LayerState {
         match &layer.mixer {
             Mixer::Mamba1(m) => LayerState { conv: (m.d_conv - 1) * m.d_inner, ssm: m.d_state * m.d_inner },
