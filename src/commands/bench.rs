@@ -11,11 +11,12 @@ use hognose_core::Pack;
 use hognose_core::cpu::ceiling::Ceiling;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
+use hognose_core::ops::adamw::Hyper;
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::presets;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
-use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdateInputs, UpdatePlan};
+use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 use crate::args::{BenchArgs, DTypeArg, Mode, Usage};
 use crate::terminal::{si, thousands};
@@ -193,9 +194,8 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         };
         let start = Instant::now();
         let loss = plan.run(device, &arena, weights, Some(&gradients), &inputs)?;
-        let hyper =
-            UpdateInputs { lr: 1e-4, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, clip: 1.0, step: pass + 1 };
-        update.run(device, &arena, [weights.buffer(), &gradients, &m, &v], &hyper)?;
+        let hyper = Hyper { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 };
+        update.run(device, &arena, [weights.buffer(), &gradients, &m, &v], &hyper, pass + 1)?;
         anyhow::ensure!(loss.is_finite(), "the loss is not finite");
         if pass > 0 {
             seconds.push(start.elapsed().as_secs_f64());

@@ -231,7 +231,7 @@ impl StatePool {
         });
     }
 
-    /// Copies slot `from` over slot `to`.
+    /// Copies slot `from` over slot `to_slot` of another pool of the same model.
     pub fn copy(&self, from: usize, to: &StatePool, to_slot: usize) {
         self.each_part(|base, width, start| {
             let values: Vec<f32> = self.buffer.to_vec(4 * (base + from * width), width);

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
+use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
+use hognose_core::ops::adamw::Hyper;
 use hognose_core::{Buffer, Device};
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
@@ -20,7 +22,7 @@ use crate::evaluate::{Evaluator, Lanes, grow, padded_pack};
 use crate::records::Records;
 use crate::report::{Baselines, EvaluationReport, Observer, Outcome, PlanReport, StepReport};
 use crate::setup::Setup;
-use crate::step::{GradientPlan, StepInputs, StepShape, UpdateInputs, UpdatePlan};
+use crate::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 /// Weight of the newest step in the mean time of a step.
 const TIME_SMOOTHING: f64 = 0.05;
@@ -50,18 +52,23 @@ pub fn train(
     trainer.run(&run, observer).map(Some)
 }
 
-/// Goes on with the run in `folder` from its latest checkpoint, as if it had never stopped. `change` may set the
-/// number of threads, which changes no result, and more steps.
+/// The resolved configuration of the run in `folder`.
+pub fn read_config(folder: &Path) -> Result<TrainConfig, Error> {
+    RunFolder::open(folder)?;
+    Ok(TrainConfig::load(&folder.join(CONFIG))?)
+}
+
+/// Goes on with the run in `folder` from its latest checkpoint, as if it had never stopped. `config` is the run's own
+/// ([`read_config`]); it may have another number of threads, which changes no result, another time budget and more
+/// steps, which start the schedule's decay later.
 pub fn resume(
     folder: &Path,
+    config: TrainConfig,
     device: Device,
-    change: impl FnOnce(&mut TrainConfig),
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Error> {
     let run = RunFolder::open(folder)?;
-    let mut config = TrainConfig::load(&folder.join(CONFIG))?;
-    let steps = config.steps;
-    change(&mut config);
+    let steps = read_config(folder)?.steps;
     let config = config.resolve()?;
     let checkpoint = run.latest()?;
     let mut progress = read_progress(&checkpoint)?;
@@ -218,6 +225,13 @@ impl Trainer {
             data: self.setup.source.clone(),
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
         });
+        // Memory that was not touched yet still counts as free: gradients and moments come on top of the arena.
+        let (needed, available) =
+            (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
+        if needed as u64 > available {
+            let [needed, available] = [needed as u64, available].map(human_bytes);
+            return Err(hognose_core::Error::Memory { needed, available }.into());
+        }
         grow(device, &mut self.arena, found)
     }
 
@@ -330,16 +344,16 @@ impl Trainer {
         }
         let lr = self.progress.schedule.rate(step);
         let optimizer = &self.config.optimizer;
-        let inputs = UpdateInputs {
+        let hyper = Hyper {
             lr: lr as f32,
-            betas: (optimizer.betas[0] as f32, optimizer.betas[1] as f32),
+            beta1: optimizer.betas[0] as f32,
+            beta2: optimizer.betas[1] as f32,
             eps: optimizer.eps as f32,
             weight_decay: optimizer.weight_decay as f32,
-            clip: optimizer.clip as f32,
-            step: step + 1,
+            max_norm: optimizer.clip as f32,
         };
         let buffers = [self.model.weights.buffer(), &self.gradients, &self.m, &self.v];
-        let norm = self.update.run(&self.model.device, &self.arena, buffers, &inputs)?;
+        let norm = self.update.run(&self.model.device, &self.arena, buffers, &hyper, step + 1)?;
         if !norm.is_finite() {
             return Err(self.not_finite(run, "the gradient"));
         }
@@ -358,13 +372,15 @@ impl Trainer {
         if let Some(minutes) = self.config.minutes {
             left = left.min((60.0 * minutes - self.elapsed()).max(0.0));
         }
+        // Boundary tokens are given, not predicted.
         let training = &self.setup.training;
-        let tokens_per_byte = training.tokens() as f64 / training.bytes().max(1) as f64;
+        let tokens = training.tokens() - training.documents() as u64;
+        let tokens_per_byte = tokens as f64 / training.bytes().max(1) as f64;
         Ok(StepReport {
             step: self.progress.step,
             steps,
             loss,
-            bits_per_byte: loss / std::f64::consts::LN_2 * tokens_per_byte.min(1.0),
+            bits_per_byte: loss / std::f64::consts::LN_2 * tokens_per_byte,
             lr,
             gradient_norm: f64::from(norm),
             tokens: self.progress.step * self.config.tokens_per_step(),
