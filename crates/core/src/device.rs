@@ -149,11 +149,17 @@ pub struct Slice<'a> {
 
 impl Device {
     /// The CPU with this many threads (`None`: all cores), at the instruction set that `HOGNOSE_ISA` names or the best.
+    ///
+    /// # Errors
+    /// An instruction set that is unknown or not there.
     pub fn cpu(threads: Option<usize>) -> Result<Device, Error> {
         Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
     }
 
     /// Zeroed memory on the device. Refuses more than is free, instead of running into the system's limit later.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], with what is needed and what is free.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         if bytes >= LARGE {
             self.require(bytes as u64)?;
@@ -234,6 +240,9 @@ impl Device {
     }
 
     /// Places the tensors of a graph for this device.
+    ///
+    /// # Errors
+    /// A graph that reads an external's old value after a new one was stored over it.
     pub fn plan(&self, graph: crate::Graph) -> Result<Plan, Error> {
         match self {
             Device::Cpu(cpu) => Plan::new(graph, cpu),
@@ -241,12 +250,19 @@ impl Device {
     }
 
     /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], with what is needed and what is free.
     pub fn arena(&self, plan: &Plan) -> Result<Buffer, Error> {
         self.require(plan.arena_bytes() as u64)?;
         self.alloc(plan.arena_bytes())
     }
 
     /// Runs a plan: `bindings[i]` is the memory of external `i`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] and [`Error::Binding`]: another number of bindings than of externals, an arena or a
+    /// binding that is too small, memory that overlaps.
     pub fn run(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
         self.run_observed(plan, arena, bindings, None)
     }

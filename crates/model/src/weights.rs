@@ -90,6 +90,9 @@ impl Weights {
     }
 
     /// Loads a checkpoint.
+    ///
+    /// # Errors
+    /// Damaged numbers in the checkpoint; too little memory.
     pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
         let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
         Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)

@@ -277,6 +277,9 @@ impl Graph {
     ///
     /// Placing a final state over the initial state that it replaces is allowed: the plan refuses a graph in which a
     /// later op still reads the old value.
+    ///
+    /// # Errors
+    /// Another shape or type.
     pub fn store(&mut self, t: TensorId, dest: TensorId) -> Result<(), Error> {
         let (a, b) = (self.tensor(t), self.tensor(dest));
         if (a.rows, a.cols, a.dtype) != (b.rows, b.cols, b.dtype) {
