@@ -20,18 +20,23 @@ const VOCABULARY_MULTIPLE: usize = 8;
 /// What a run starts from.
 #[derive(Debug)]
 pub struct Setup {
+    /// What is trained.
     pub model: ModelConfig,
+    /// How text becomes tokens.
     pub tokenizer: Tokenizer,
     /// The folder of the checkpoint to start from, where there is one.
     pub init: Option<PathBuf>,
+    /// The tokens to train on.
     pub training: Arc<TokenStore>,
     /// Evaluations on all held-out text, and on a part of it for the way; none where nothing is held out.
     pub evaluation: Option<(Evaluation, Evaluation)>,
+    /// Number of documents that are held out.
     pub held_out_documents: usize,
     /// The texts themselves, for the compressors.
     pub documents: Option<(Vec<Document>, Vec<Document>)>,
     /// Where the text comes from.
     pub source: String,
+    /// Sentences for the user.
     pub warnings: Vec<String>,
 }
 

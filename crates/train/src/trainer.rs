@@ -130,6 +130,8 @@ impl Trainer {
             let message = "training in bf16 needs a device with bf16 products; use dtype f32 on the CPU";
             return Err(Error::Unsupported(message.into()));
         }
+        // Parameters, gradients and two moments, before the first of them takes memory.
+        device.require(4 * Weights::required_bytes(&device, &setup.model, Form::Training) as u64)?;
         let mode = if config.carry_state { Mode::CarryState } else { Mode::Packed };
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
@@ -428,6 +430,7 @@ impl Trainer {
         if best {
             self.progress.best = Some(Best { step, bits_per_byte });
         }
+        let full = evaluation.bytes() == all.bytes();
         let report = EvaluationReport { step, bits_per_byte, bytes: evaluation.bytes(), seconds, best, full };
         records.evaluation(&report)?;
         observer.evaluation(&report);
