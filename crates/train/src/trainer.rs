@@ -9,6 +9,7 @@ use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
 use hognose_core::ops::adamw::Hyper;
 use hognose_core::{Buffer, Device};
+use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
 
@@ -136,8 +137,15 @@ impl Trainer {
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
         let weights = match (&from, setup.open_init()?) {
-            (Some((checkpoint, _)), _) => {
-                let checkpoint = hognose_model::checkpoint::Checkpoint::open(checkpoint)?;
+            (Some((path, _)), _) => {
+                let checkpoint = hognose_model::checkpoint::Checkpoint::open(path)?;
+                let shapes =
+                    |c: &ModelConfig| c.parameters().into_iter().map(|p| (p.name, p.shape)).collect::<Vec<_>>();
+                if shapes(&checkpoint.config) != shapes(&setup.model) {
+                    let message = "holds a model of other sizes than the run's config.toml describes; put that file \
+                                   back as it was";
+                    return Err(Error::Resume { path: path.into(), message: message.into() });
+                }
                 Weights::load(&device, &checkpoint, Form::Training)?
             }
             (None, Some(init)) => Weights::load(&device, &init, Form::Training)?,
