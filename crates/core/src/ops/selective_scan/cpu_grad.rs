@@ -34,10 +34,10 @@ const BLOCK: usize = 64;
 const STATES: usize = 4;
 /// States from which on dB and dC of all blocks would take more than T·D values.
 const STATES_A_SLAB: usize = BLOCK / 2;
-/// Arrays of one vector per step for each vector of a block.
-const CHANNEL_ARRAYS: usize = 6;
-/// Arrays of one vector per step and state, for one vector of a block at a time.
-const STATE_ARRAYS: usize = 5;
+/// Fields kept per step for each vector of a block.
+const STEP: usize = 7;
+/// Fields kept per step and state for one vector of a block at a time.
+const STATE_STEP: usize = 5;
 /// Rows and channels of a task of the final sums.
 const SUM_ROWS: usize = 64;
 const SUM_CHANNELS: usize = 64;
@@ -63,8 +63,8 @@ impl Layout {
         let blocks = ChannelBlocks::new(channels, forward.shape.groups, BLOCK);
         let slabs = if blocks.per_group() > 1 { d_state.div_ceil(STATES_A_SLAB) } else { 1 };
         let slot_len = Coefficients::values_a_channel(forward) * BLOCK
-            + CHANNEL_ARRAYS * chunk * BLOCK
-            + STATE_ARRAYS * (chunk + 1) * STATES * MAX_LANES;
+            + STEP * chunk * BLOCK
+            + STATE_STEP * (chunk + 1) * STATES * MAX_LANES;
         Layout {
             blocks,
             segment_groups: SegmentGroups::new(segments, blocks.count()),
@@ -305,33 +305,55 @@ struct Chunk {
     is_last: bool,
 }
 
-/// Scratch memory of a vector of a block: one vector per step in each array.
+/// What is kept of the steps of a chunk in scratch memory: `fields` vectors per step, side by side, since arrays of
+/// their own would compete for the same lines of the first-level cache.
 #[derive(Clone, Copy)]
-struct ChannelArrays {
-    delta: *mut f32,
-    x: *mut f32,
-    /// The gradient of y before the gate.
-    dy: *mut f32,
-    /// y before the gate.
-    y: *mut f32,
-    /// Σ_n g B (Euler), Σ_n g B̄ (zero-order hold).
-    input_sum: *mut f32,
-    /// dΔ · log₂ e, for Euler without x · Σ_n g B.
-    delta_sum: *mut f32,
+struct Steps {
+    start: *mut f32,
+    fields: usize,
 }
 
-/// Scratch memory of a few states: one vector per step and state in each array.
-#[derive(Clone, Copy)]
-struct StateArrays {
-    /// The state before the first step, after the first one, and so on.
-    h: *mut f32,
-    decay: *mut f32,
-    /// exp(ΔA) − 1, for the zero-order hold only.
-    m1: *mut f32,
-    /// dB and dC of the vectors so far, one lane per channel.
-    db: *mut f32,
-    dc: *mut f32,
+impl Steps {
+    /// # Safety
+    /// The step's memory is this task's, and the field was written before.
+    #[inline(always)]
+    unsafe fn get<S: Simd>(self, s: S, step: usize, field: usize) -> S::V {
+        // SAFETY: as the caller says.
+        unsafe { s.load(self.start.add((step * self.fields + field) * S::LANES)) }
+    }
+
+    /// # Safety
+    /// The step's memory is this task's.
+    #[inline(always)]
+    unsafe fn set<S: Simd>(self, s: S, step: usize, field: usize, value: S::V) {
+        // SAFETY: as the caller says.
+        unsafe { s.store(self.start.add((step * self.fields + field) * S::LANES), value) }
+    }
 }
+
+// Fields of a step, for each vector of a block.
+const DELTA: usize = 0;
+const INPUT: usize = 1;
+/// The gradient of y before the gate.
+const DY: usize = 2;
+/// y before the gate.
+const Y: usize = 3;
+/// Σ_n g B (Euler), Σ_n g B̄ (zero-order hold).
+const INPUT_SUM: usize = 4;
+/// dΔ · log₂ e, for Euler without x · Σ_n g B.
+const DELTA_SUM: usize = 5;
+/// dz / y before the gate.
+const GATE: usize = 6;
+
+// Fields of a step and state, for one vector of a block at a time.
+/// The state before the step.
+const H: usize = 0;
+const DECAY: usize = 1;
+/// dB and dC of the vectors so far, one lane per channel.
+const DB: usize = 2;
+const DC: usize = 3;
+/// exp(ΔA) − 1, for the zero-order hold only.
+const M1: usize = 4;
 
 impl Kernel for Walk<'_> {
     type Output = ();
@@ -405,31 +427,22 @@ impl Walk<'_> {
         }
     }
 
+    /// The steps of vector `v`.
     #[inline(always)]
-    fn channel_arrays<S: Simd>(&self, v: usize) -> ChannelArrays {
-        let each = chunk_len(self.task.layout.d_state) * BLOCK;
+    fn steps<S: Simd>(&self, v: usize) -> Steps {
         let start = Coefficients::values_a_channel(self.task.forward) * BLOCK;
-        let start = start + v * chunk_len(self.task.layout.d_state) * S::LANES;
-        // SAFETY: `slot_len` has room for these arrays of all vectors of a block.
-        let array = |i: usize| unsafe { self.scratch.add(start + i * each) };
-        ChannelArrays {
-            delta: array(0),
-            x: array(1),
-            dy: array(2),
-            y: array(3),
-            input_sum: array(4),
-            delta_sum: array(5),
-        }
+        let before = v * chunk_len(self.task.layout.d_state) * STEP * S::LANES;
+        // SAFETY: `slot_len` has room for the steps of all vectors of a block.
+        Steps { start: unsafe { self.scratch.add(start + before) }, fields: STEP }
     }
 
+    /// The steps of a few states: those of a step one after another.
     #[inline(always)]
-    fn state_arrays<S: Simd>(&self) -> StateArrays {
+    fn state_steps<const ZOH: bool>(&self) -> Steps {
         let chunk = chunk_len(self.task.layout.d_state);
-        let each = (chunk + 1) * STATES * S::LANES;
-        let start = (Coefficients::values_a_channel(self.task.forward) + CHANNEL_ARRAYS * chunk) * BLOCK;
-        // SAFETY: `slot_len` has room for these arrays after those of the channels.
-        let array = |i: usize| unsafe { self.scratch.add(start + i * each) };
-        StateArrays { h: array(0), decay: array(1), m1: array(2), db: array(3), dc: array(4) }
+        let start = (Coefficients::values_a_channel(self.task.forward) + STEP * chunk) * BLOCK;
+        // SAFETY: `slot_len` has room for these after the steps of the channels.
+        Steps { start: unsafe { self.scratch.add(start) }, fields: if ZOH { STATE_STEP } else { STATE_STEP - 1 } }
     }
 
     /// # Safety
@@ -463,27 +476,27 @@ impl Walk<'_> {
     unsafe fn load<S: Simd>(&self, s: S, chunk: Chunk, v: usize) {
         let task = self.task;
         let (channel, lanes) = self.block.vector::<S>(v);
-        let to = self.channel_arrays::<S>(v);
+        let to = self.steps::<S>(v);
         // SAFETY: as the caller says.
         unsafe {
             let skip = per_channel(s, task.inputs.d, channel, lanes, 0.0);
             for t in 0..chunk.steps {
-                let (row, at) = (chunk.first + t, t * S::LANES);
+                let row = chunk.first + t;
                 let dt = biased_dt(s, &task.inputs, row, channel, lanes);
                 let x = load(s, task.inputs.x.at::<f32>(row, channel), lanes);
-                let mut dy = s.zero();
-                if let Some(m) = task.dy {
-                    dy = load(s, m.at::<f32>(row, channel), lanes);
-                    if let Some(z) = task.inputs.z {
-                        dy = s.mul(dy, math::silu(s, load(s, z.at::<f32>(row, channel), lanes)));
-                    }
+                let mut dy = task.dy.map_or(s.zero(), |m| load(s, m.at::<f32>(row, channel), lanes));
+                if let Some(z) = task.inputs.z {
+                    let z = load(s, z.at::<f32>(row, channel), lanes);
+                    let (p, q) = math::sigmoid_pair(s, z);
+                    to.set(s, t, GATE, s.mul(dy, s.mul(p, s.fma(z, q, s.splat(1.0)))));
+                    dy = s.mul(dy, s.mul(z, p));
                 }
-                s.store(to.delta.add(at), if task.forward.softplus { math::softplus(s, dt) } else { dt });
-                s.store(to.x.add(at), x);
-                s.store(to.dy.add(at), dy);
-                s.store(to.y.add(at), s.mul(skip, x));
-                s.store(to.input_sum.add(at), s.zero());
-                s.store(to.delta_sum.add(at), s.zero());
+                to.set(s, t, DELTA, if task.forward.softplus { math::softplus(s, dt) } else { dt });
+                to.set(s, t, INPUT, x);
+                to.set(s, t, DY, dy);
+                to.set(s, t, Y, s.mul(skip, x));
+                to.set(s, t, INPUT_SUM, s.zero());
+                to.set(s, t, DELTA_SUM, s.zero());
             }
         }
     }
@@ -494,27 +507,27 @@ impl Walk<'_> {
     /// As [`Walk::chunk`], after [`Walk::load`].
     #[inline(always)]
     unsafe fn states<S: Simd, const ZOH: bool, const COUNT: usize>(&self, s: S, chunk: Chunk, n: usize) {
-        let arrays = self.state_arrays::<S>();
         // SAFETY: as the caller says; the arrays have room for all steps and states.
         unsafe {
-            for i in (0..chunk.steps * COUNT * S::LANES).step_by(S::LANES) {
-                s.store(arrays.db.add(i), s.zero());
-                s.store(arrays.dc.add(i), s.zero());
+            let states = self.state_steps::<ZOH>();
+            for i in 0..chunk.steps * COUNT {
+                states.set(s, i, DB, s.zero());
+                states.set(s, i, DC, s.zero());
             }
             for v in 0..vectors::<S>(self.block.width) {
                 self.forth::<S, ZOH, COUNT>(s, chunk, n, v);
                 self.back::<S, ZOH, COUNT>(s, chunk, n, v);
             }
-            for (sums, out) in [(arrays.db, self.db), (arrays.dc, self.dc)] {
+            for (field, out) in [(DB, self.db), (DC, self.dc)] {
                 if let Some(out) = out {
                     let row = if self.task.layout.blocks.per_group() == 1 { 0 } else { self.slab.start };
-                    add_lanes::<S, COUNT>(s, sums, chunk.steps, out, chunk.first - row, n);
+                    add_lanes::<S, COUNT>(s, states, field, chunk.steps, out, chunk.first - row, n);
                 }
             }
         }
     }
 
-    /// Computes the states of a vector again, and y before the gate if its gradient is wanted.
+    /// Computes the states of a vector again.
     ///
     /// # Safety
     /// As [`Walk::states`].
@@ -522,7 +535,7 @@ impl Walk<'_> {
     unsafe fn forth<S: Simd, const ZOH: bool, const COUNT: usize>(&self, s: S, chunk: Chunk, n: usize, v: usize) {
         let task = self.task;
         let (channel, lanes) = self.block.vector::<S>(v);
-        let (from, to) = (self.channel_arrays::<S>(v), self.state_arrays::<S>());
+        let (of, states) = (self.steps::<S>(v), self.state_steps::<ZOH>());
         // SAFETY: as the caller says.
         unsafe {
             let a = Coefficients::of::<S, ZOH>(self.scratch, v, task.layout.d_state).at_state::<S>(n);
@@ -530,22 +543,21 @@ impl Walk<'_> {
             for (i, h) in h.iter_mut().enumerate() {
                 let col = (n + i) * task.layout.channels + channel;
                 *h = load(s, task.chunk_states.at::<f32>(chunk.kept, col), lanes);
-                s.store(to.h.add(i * S::LANES), *h);
             }
             for t in 0..chunk.steps {
-                let delta = s.load(from.delta.add(t * S::LANES));
-                let x = s.load(from.x.add(t * S::LANES));
+                let (delta, x) = (of.get(s, t, DELTA), of.get(s, t, INPUT));
                 let input = if ZOH { x } else { s.mul(delta, x) };
                 let b = task.inputs.b.at::<f32>(chunk.first + t, self.block.column + n);
                 for (i, h) in h.iter_mut().enumerate() {
-                    let at = (t * COUNT + i) * S::LANES;
+                    let at = t * COUNT + i;
+                    states.set(s, at, H, *h);
                     let b = s.splat(*b.add(i));
                     let exponent = s.mul(delta, s.load(a.scaled.add(i * S::LANES)));
                     let decay = if ZOH {
                         let (decay, m1) = exp2_and_m1(s, exponent);
                         let (inverse, at_limit) = (a.inverse.add(i * S::LANES), a.at_limit.add(i * S::LANES));
                         let factor = zoh_factor(s, m1, delta, s.load(inverse), s.load(at_limit));
-                        s.store(to.m1.add(at), m1);
+                        states.set(s, at, M1, m1);
                         *h = s.fma(decay, *h, s.mul(s.mul(factor, input), b));
                         decay
                     } else {
@@ -553,20 +565,11 @@ impl Walk<'_> {
                         *h = s.fma(decay, *h, s.mul(input, b));
                         decay
                     };
-                    s.store(to.decay.add(at), decay);
-                    s.store(to.h.add(at + COUNT * S::LANES), *h);
+                    states.set(s, at, DECAY, decay);
                 }
             }
-            if task.dz.is_some() {
-                for t in 0..chunk.steps {
-                    let mut y = s.load(from.y.add(t * S::LANES));
-                    let c = task.inputs.c.at::<f32>(chunk.first + t, self.block.column + n);
-                    for i in 0..COUNT {
-                        let h = s.load(to.h.add(((t + 1) * COUNT + i) * S::LANES));
-                        y = s.fma(s.splat(*c.add(i)), h, y);
-                    }
-                    s.store(from.y.add(t * S::LANES), y);
-                }
+            for (i, &h) in h.iter().enumerate() {
+                states.set(s, chunk.steps * COUNT + i, H, h);
             }
         }
     }
@@ -579,7 +582,7 @@ impl Walk<'_> {
     unsafe fn back<S: Simd, const ZOH: bool, const COUNT: usize>(&self, s: S, chunk: Chunk, n: usize, v: usize) {
         let task = self.task;
         let (channel, lanes) = self.block.vector::<S>(v);
-        let (of, states) = (self.channel_arrays::<S>(v), self.state_arrays::<S>());
+        let (of, states) = (self.steps::<S>(v), self.state_steps::<ZOH>());
         let state_col = |i: usize| (n + i) * task.layout.channels + channel;
         // SAFETY: as the caller says.
         unsafe {
@@ -593,31 +596,29 @@ impl Walk<'_> {
                 da[i] = load(s, task.time_sums.at::<f32>(self.segment_group, state_col(i)), lanes);
             }
             for t in (0..chunk.steps).rev() {
-                let delta = s.load(of.delta.add(t * S::LANES));
-                let x = s.load(of.x.add(t * S::LANES));
-                let dy = s.load(of.dy.add(t * S::LANES));
-                let mut input_sum = s.load(of.input_sum.add(t * S::LANES));
-                let mut delta_sum = s.load(of.delta_sum.add(t * S::LANES));
+                let (delta, x, dy) = (of.get(s, t, DELTA), of.get(s, t, INPUT), of.get(s, t, DY));
+                let mut y = of.get(s, t, Y);
+                let (mut input_sum, mut delta_sum) = (of.get(s, t, INPUT_SUM), of.get(s, t, DELTA_SUM));
                 let input = s.mul(delta, x);
                 let b = task.inputs.b.at::<f32>(chunk.first + t, self.block.column + n);
                 let c = task.inputs.c.at::<f32>(chunk.first + t, self.block.column + n);
                 for i in 0..COUNT {
-                    let at = (t * COUNT + i) * S::LANES;
+                    let at = t * COUNT + i;
+                    let (before, after) = (states.get(s, at, H), states.get(s, at + COUNT, H));
+                    let decay = states.get(s, at, DECAY);
+                    let (db, dc) = (states.get(s, at, DB), states.get(s, at, DC));
                     let (b, c) = (s.splat(*b.add(i)), s.splat(*c.add(i)));
                     let a_scaled = s.load(a.scaled.add(i * S::LANES));
-                    let before = s.load(states.h.add(at));
-                    let after = s.load(states.h.add(at + COUNT * S::LANES));
-                    let decay = s.load(states.decay.add(at));
-                    let (db, dc) = (states.db.add(at), states.dc.add(at));
-                    s.store(dc, s.fma(after, dy, s.load(dc)));
+                    states.set(s, at, DC, s.fma(after, dy, dc));
+                    y = s.fma(c, after, y);
                     let here = s.fma(dy, c, g[i]);
                     g[i] = s.mul(here, decay);
                     if ZOH {
-                        let m1 = s.load(states.m1.add(at));
+                        let m1 = states.get(s, at, M1);
                         let (inverse, at_limit) = (a.inverse.add(i * S::LANES), a.at_limit.add(i * S::LANES));
                         let inverse = s.load(inverse);
                         let factor = zoh_factor(s, m1, delta, inverse, s.load(at_limit));
-                        s.store(db, s.fma(s.mul(here, factor), x, s.load(db)));
+                        states.set(s, at, DB, s.fma(s.mul(here, factor), x, db));
                         let here_b = s.mul(here, b);
                         input_sum = s.fma(here_b, factor, input_sum);
                         let xb = s.mul(s.mul(x, s.splat(LOG2_E)), b);
@@ -627,15 +628,16 @@ impl Walk<'_> {
                         da[i] = s.fma(s.mul(here_b, x), slope, da[i]);
                         da[i] = s.fma(s.mul(g[i], before), delta, da[i]);
                     } else {
-                        s.store(db, s.fma(here, input, s.load(db)));
+                        states.set(s, at, DB, s.fma(here, input, db));
                         input_sum = s.fma(here, b, input_sum);
                         let through = s.mul(g[i], before);
                         delta_sum = s.fma(through, a_scaled, delta_sum);
                         da[i] = s.fma(through, delta, da[i]);
                     }
                 }
-                s.store(of.input_sum.add(t * S::LANES), input_sum);
-                s.store(of.delta_sum.add(t * S::LANES), delta_sum);
+                of.set(s, t, Y, y);
+                of.set(s, t, INPUT_SUM, input_sum);
+                of.set(s, t, DELTA_SUM, delta_sum);
             }
             for i in 0..COUNT {
                 store(s, task.g.at::<f32>(chunk.segment, state_col(i)), g[i], lanes);
@@ -652,7 +654,7 @@ impl Walk<'_> {
     unsafe fn finish<S: Simd, const ZOH: bool>(&self, s: S, chunk: Chunk, v: usize) {
         let task = self.task;
         let (channel, lanes) = self.block.vector::<S>(v);
-        let of = self.channel_arrays::<S>(v);
+        let of = self.steps::<S>(v);
         // SAFETY: as the caller says.
         unsafe {
             let skip = per_channel(s, task.inputs.d, channel, lanes, 0.0);
@@ -661,17 +663,18 @@ impl Walk<'_> {
             };
             let (mut dd, mut d_bias) = (load(s, sum(0), lanes), load(s, sum(1), lanes));
             for t in 0..chunk.steps {
-                let (row, at) = (chunk.first + t, t * S::LANES);
-                let (delta, x, dy) = (s.load(of.delta.add(at)), s.load(of.x.add(at)), s.load(of.dy.add(at)));
-                let input_sum = s.load(of.input_sum.add(at));
+                let row = chunk.first + t;
+                let (delta, x, dy) = (of.get(s, t, DELTA), of.get(s, t, INPUT), of.get(s, t, DY));
+                let input_sum = of.get(s, t, INPUT_SUM);
                 let through_states = if ZOH { input_sum } else { s.mul(delta, input_sum) };
                 let dx = s.fma(skip, dy, through_states);
-                let mut d_dt = s.mul(s.splat(LN_2), s.load(of.delta_sum.add(at)));
+                let mut d_dt = s.mul(s.splat(LN_2), of.get(s, t, DELTA_SUM));
                 if !ZOH {
                     d_dt = s.fma(x, input_sum, d_dt);
                 }
                 if task.forward.softplus {
-                    d_dt = s.mul(d_dt, math::sigmoid(s, biased_dt(s, &task.inputs, row, channel, lanes)));
+                    // The slope of softplus is the logistic function, 1 − e^−Δ.
+                    d_dt = s.mul(d_dt, s.neg(math::exp_m1(s, s.neg(delta))));
                 }
                 dd = s.fma(x, dy, dd);
                 d_bias = s.add(d_dt, d_bias);
@@ -681,10 +684,8 @@ impl Walk<'_> {
                 if let Some(out) = task.d_dt {
                     store(s, out.at::<f32>(row, channel), d_dt, lanes);
                 }
-                if let (Some(out), Some(z), Some(dy)) = (task.dz, task.inputs.z, task.dy) {
-                    let slope = math::dsilu(s, load(s, z.at::<f32>(row, channel), lanes));
-                    let dy = load(s, dy.at::<f32>(row, channel), lanes);
-                    let dz = s.mul(s.mul(dy, s.load(of.y.add(at))), slope);
+                if let Some(out) = task.dz {
+                    let dz = s.mul(of.get(s, t, Y), of.get(s, t, GATE));
                     store(s, out.at::<f32>(row, channel), dz, lanes);
                 }
             }
@@ -694,14 +695,15 @@ impl Walk<'_> {
     }
 }
 
-/// Adds up the lanes of each vector (one per step and state) and writes the sums to rows `row ..`, columns `col ..`.
+/// Adds up the lanes of a field of each step and state and writes the sums to rows `row ..`, columns `col ..`.
 ///
 /// # Safety
-/// `sums` has room for whole groups of `LANES` vectors; no other task writes these elements of `out`.
+/// There is room for whole groups of `LANES` steps; no other task writes these elements of `out`.
 #[inline(always)]
 unsafe fn add_lanes<S: Simd, const COUNT: usize>(
     s: S,
-    sums: *const f32,
+    states: Steps,
+    field: usize,
     steps: usize,
     out: Mat,
     row: usize,
@@ -711,7 +713,7 @@ unsafe fn add_lanes<S: Simd, const COUNT: usize>(
         let mut rows = [s.zero(); MAX_LANES];
         for (i, row) in rows.iter_mut().enumerate().take(S::LANES) {
             // SAFETY: the caller vouches for whole groups.
-            *row = unsafe { s.load(sums.add((first + i) * S::LANES)) };
+            *row = unsafe { states.get(s, first + i, field) };
         }
         let columns = s.transpose(rows);
         let mut total = columns[0];
