@@ -34,6 +34,9 @@ pub enum Command {
 #[error("{0}")]
 pub struct Usage(pub String);
 
+/// What asking for a GPU is answered.
+pub const NO_CUDA: &str = "this version of hognose computes on the CPU only; use --device cpu or leave it out";
+
 /// Where and in what precision to compute.
 #[derive(Clone, Debug, Args)]
 pub struct Compute {
@@ -75,10 +78,7 @@ impl Compute {
     pub fn device(&self) -> anyhow::Result<Device> {
         match self.device {
             DeviceArg::Cpu | DeviceArg::Auto => Ok(Device::cpu(self.threads.map(|n| n as usize))?),
-            DeviceArg::Cuda => {
-                Err(Usage("this version of hognose computes on the CPU only; use --device cpu or leave it out".into())
-                    .into())
-            }
+            DeviceArg::Cuda => Err(Usage(NO_CUDA.into()).into()),
         }
     }
 }

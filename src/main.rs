@@ -19,6 +19,8 @@ fn main() -> ExitCode {
         args::Command::Bench(args) => commands::bench::run(args),
     };
     match result {
+        // What was asked for was not done to the end: the shell's code for an interrupt.
+        Ok(()) if terminal::interrupted() => ExitCode::from(130),
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

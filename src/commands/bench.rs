@@ -11,11 +11,12 @@ use hognose_core::Pack;
 use hognose_core::cpu::ceiling::Ceiling;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
+use hognose_core::ops::adamw::Hyper;
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::presets;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
-use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdateInputs, UpdatePlan};
+use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 use crate::args::{BenchArgs, DTypeArg, Mode, Usage};
 use crate::terminal::{si, thousands};
@@ -38,7 +39,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     if args.mode == Mode::Train && dtype == DType::BF16 {
-        return Err(Usage("training in bf16 needs a device with bf16 products; use --dtype f32 on the CPU".into()).into());
+        return Err(
+            Usage("training in bf16 needs a device with bf16 products; use --dtype f32 on the CPU".into()).into()
+        );
     }
     let form = if args.mode == Mode::Train { Form::Training } else { Form::Inference(dtype) };
     let model = load(name, device, form)?;
@@ -169,8 +172,13 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         human_bytes(plan.plan().unshared_bytes() as u64),
         human_bytes(device.available_memory())
     );
-    let arena = if plan.plan().arena_bytes() == arena_bytes { device.arena(plan.plan())? } else { device.arena(update.plan())? };
-    let [gradients, m, v] = [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
+    let arena = if plan.plan().arena_bytes() == arena_bytes {
+        device.arena(plan.plan())?
+    } else {
+        device.arena(update.plan())?
+    };
+    let [gradients, m, v] =
+        [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
     let pack = Pack::from_lengths(std::iter::repeat_n(args.length, args.batch))?;
     let mut seconds = Vec::new();
     for pass in 0..=args.repeat as u64 {
@@ -186,9 +194,8 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         };
         let start = Instant::now();
         let loss = plan.run(device, &arena, weights, Some(&gradients), &inputs)?;
-        let hyper =
-            UpdateInputs { lr: 1e-4, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, clip: 1.0, step: pass + 1 };
-        update.run(device, &arena, [weights.buffer(), &gradients, &m, &v], &hyper)?;
+        let hyper = Hyper { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 };
+        update.run(device, &arena, [weights.buffer(), &gradients, &m, &v], &hyper, pass + 1)?;
         anyhow::ensure!(loss.is_finite(), "the loss is not finite");
         if pass > 0 {
             seconds.push(start.elapsed().as_secs_f64());

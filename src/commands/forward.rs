@@ -8,7 +8,7 @@ use hognose_core::Pack;
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::session::next_token_loss;
 use hognose_model::weights::{Form, Weights};
-use hognose_train::step::{gradients, Gradients};
+use hognose_train::step::{Gradients, gradients};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 

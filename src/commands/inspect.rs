@@ -55,9 +55,17 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     writeln!(out, "  layers       {} × {}", config.n_layer(), mixer(config))?;
     let dtypes: Vec<String> = found.dtypes.iter().map(|(d, n)| format!("{} in {d}", thousands(*n))).collect();
     writeln!(out, "  parameters   {} ({})", thousands(found.parameters), dtypes.join(", "))?;
-    writeln!(out, "  tokenizer    {}", found.tokenizer.as_deref().unwrap_or("none: generate from --ids or --tokenizer"))?;
+    writeln!(
+        out,
+        "  tokenizer    {}",
+        found.tokenizer.as_deref().unwrap_or("none: generate from --ids or --tokenizer")
+    )?;
     let (f32, bf16) = (human_bytes(memory.weights_f32), human_bytes(memory.weights_bf16));
-    writeln!(out, "  memory       {f32} of weights as f32, {bf16} as bf16; {} of state a sequence", human_bytes(memory.state))?;
+    writeln!(
+        out,
+        "  memory       {f32} of weights as f32, {bf16} as bf16; {} of state a sequence",
+        human_bytes(memory.state)
+    )?;
     writeln!(out, "               {} to train, beside activations", human_bytes(memory.training))?;
     writeln!(out, "\n  {} tensors", found.tensors.len())?;
     for tensor in &found.tensors {
@@ -77,7 +85,14 @@ fn mixer(config: &ModelConfig) -> String {
         ),
         Mixer::Mamba2(m) => format!(
             "Mamba-2: d_model {}, d_ssm {}, {} heads of {}, d_state {}, {} groups, d_conv {}, chunk {}{mlp}",
-            config.d_model, m.d_ssm, m.nheads(), m.headdim, m.d_state, m.ngroups, m.d_conv, m.chunk_size
+            config.d_model,
+            m.d_ssm,
+            m.nheads(),
+            m.headdim,
+            m.d_state,
+            m.ngroups,
+            m.d_conv,
+            m.chunk_size
         ),
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 
-use hognose::{GenerateOptions, Sampling, Session, Tokenizer, TrainConfig};
+use hognose::{Device, GenerateOptions, Sampling, Session, Tokenizer, TrainConfig};
 use hognose_core::error::human_bytes;
 use hognose_engine::generate::{Event, generate};
 use hognose_engine::text::TextStream;
@@ -13,7 +13,7 @@ use hognose_train::report::{Baselines, EvaluationReport, Observer, Outcome, Plan
 use hognose_train::{setup, trainer};
 use indicatif::ProgressBar;
 
-use crate::args::{Compute, DTypeArg, DeviceArg, TrainArgs, Usage};
+use crate::args::{Compute, DTypeArg, DeviceArg, NO_CUDA, TrainArgs, Usage};
 use crate::terminal::{self, duration, si, thousands};
 
 /// Tokens of a line that the model writes on the way.
@@ -21,24 +21,24 @@ const SAMPLE_TOKENS: usize = 120;
 
 pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     terminal::catch_interrupts()?;
-    let device = args.compute.device()?;
     let mut watcher = Watcher::default();
     let outcome = match &args.resume {
         Some(folder) => {
-            let change = |config: &mut TrainConfig| {
-                config.threads = args.compute.threads.map(|n| n as usize).or(config.threads);
-                config.steps = args.steps.unwrap_or(config.steps);
-                config.minutes = args.minutes.or(config.minutes);
+            let config = trainer::read_config(folder)?;
+            let config = TrainConfig {
+                threads: args.compute.threads.map(|n| n as usize).or(config.threads),
+                steps: args.steps.unwrap_or(config.steps),
+                minutes: args.minutes.or(config.minutes),
+                ..config
             };
-            if args.steps == Some(0) {
-                return Err(Usage("--steps is 0; expected a whole number from 1 up".into()).into());
-            }
-            Some(trainer::resume(folder, device, change, &mut watcher)?)
+            let config = config.resolve().map_err(|e| Usage(e.to_string()))?;
+            Some(trainer::resume(folder, config.clone(), device(&config)?, &mut watcher)?)
         }
         None => {
             let config = configuration(&args)?;
             let name = config.init.as_ref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
             let folder = args.out.clone().unwrap_or_else(|| setup::free_folder(&name.unwrap_or(config.preset.clone())));
+            let device = device(&config)?;
             trainer::train(config, device, &folder, args.plan_only, &mut watcher)?
         }
     };
@@ -46,6 +46,14 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
         watcher.finish(&outcome)?;
     }
     Ok(())
+}
+
+/// The device that the configuration names.
+fn device(config: &TrainConfig) -> anyhow::Result<Device> {
+    match config.device {
+        DeviceKind::Cpu | DeviceKind::Auto => Ok(Device::cpu(config.threads)?),
+        DeviceKind::Cuda => Err(Usage(NO_CUDA.into()).into()),
+    }
 }
 
 /// The configuration file, then what the command line says.
@@ -179,8 +187,10 @@ impl Observer for Watcher {
             thousands(plan.step_tokens),
             si(plan.step_flops, "FLOP")
         );
+        let needed = plan.persistent_bytes + plan.arena_bytes;
+        let fits = if needed <= plan.available_bytes { "fits into" } else { "does not fit into" };
         eprintln!(
-            "memory   {} of parameters, gradients and moments; arena {} (without sharing {}); {} free",
+            "memory   {} of parameters, gradients and moments + arena of {} (without sharing {}): {fits} {} free",
             human_bytes(plan.persistent_bytes),
             human_bytes(plan.arena_bytes),
             human_bytes(plan.unshared_bytes),

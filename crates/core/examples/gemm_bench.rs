@@ -31,20 +31,25 @@ impl Kernel for Peak {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> u64 {
-        const STEPS: u64 = 100_000;
-        const SUMS: usize = 12;
-        let (a, b) = (s.splat(black_box(0.999_9)), s.splat(black_box(1e-4)));
-        let mut sums = [s.splat(1.0); SUMS];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = s.fma(*sum, a, b);
-            }
-        }
-        for sum in sums {
-            black_box(s.reduce_add(sum));
-        }
-        STEPS * (SUMS * S::LANES) as u64
+        // Enough sums that no addition waits for another, few enough for the registers.
+        if S::REGISTERS >= 16 { multiply_add::<S, 12>(s) } else { multiply_add::<S, 6>(s) }
     }
+}
+
+#[inline(always)]
+fn multiply_add<S: Simd, const SUMS: usize>(s: S) -> u64 {
+    const STEPS: u64 = 20_000;
+    let (a, b) = (s.splat(black_box(0.999_9)), s.splat(black_box(1e-4)));
+    let mut sums = [s.splat(1.0); SUMS];
+    for _ in 0..STEPS {
+        for sum in &mut sums {
+            *sum = s.fma(*sum, a, b);
+        }
+    }
+    for sum in sums {
+        black_box(s.reduce_add(sum));
+    }
+    STEPS * (SUMS * S::LANES) as u64
 }
 
 /// Reads memory with as many sums as it takes not to wait for additions.

@@ -18,6 +18,9 @@ use crate::plan::Plan;
 /// Alignment of buffers in bytes: a page, so that large ones start on one.
 const BUFFER_ALIGNMENT: usize = 4096;
 
+/// Bytes from which on an allocation is checked against what is free.
+const LARGE: usize = 64 << 20;
+
 /// Where graphs run.
 #[derive(Clone, Debug)]
 pub enum Device {
@@ -148,11 +151,22 @@ impl Device {
         Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
     }
 
-    /// Zeroed memory on the device.
+    /// Zeroed memory on the device. Refuses more than is free, instead of running into the system's limit later.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
+        if bytes >= LARGE {
+            self.check_memory(bytes as u64)?;
+        }
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
         }
+    }
+
+    fn check_memory(&self, needed: u64) -> Result<(), Error> {
+        let available = self.available_memory();
+        if needed > available {
+            return Err(Error::Memory { needed: human_bytes(needed), available: human_bytes(available) });
+        }
+        Ok(())
     }
 
     /// What the device can do, measured now: operations and bytes a second.
@@ -225,11 +239,7 @@ impl Device {
 
     /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
     pub fn arena(&self, plan: &Plan) -> Result<Buffer, Error> {
-        let needed = plan.arena_bytes() as u64;
-        let available = self.available_memory();
-        if needed > available {
-            return Err(Error::Memory { needed: human_bytes(needed), available: human_bytes(available) });
-        }
+        self.check_memory(plan.arena_bytes() as u64)?;
         self.alloc(plan.arena_bytes())
     }
 

@@ -4,8 +4,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::cpu::{Cpu, gemm};
 use crate::cpu::isa::Isa;
+use crate::cpu::{Cpu, gemm};
 use crate::error::Error;
 use crate::graph::{Cost, Graph, Io, Layout, Mat, Node, Place, TensorId};
 

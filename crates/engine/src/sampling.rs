@@ -173,7 +173,8 @@ mod tests {
     fn cuts_keep_exactly_the_likeliest() {
         // Probabilities 0.4, 0.3, 0.2, 0.1 in shuffled order.
         let logits: Vec<f32> = [0.1f32, 0.4, 0.2, 0.3].iter().map(|p| p.ln()).collect();
-        let kept = |options: Sampling| -> Vec<bool> { frequencies(options, &logits).iter().map(|f| *f > 0.0).collect() };
+        let kept =
+            |options: Sampling| -> Vec<bool> { frequencies(options, &logits).iter().map(|f| *f > 0.0).collect() };
         let base = Sampling::default();
         assert_eq!(kept(Sampling { top_k: 2, ..base.clone() }), [false, true, false, true]);
         assert_eq!(kept(Sampling { top_p: 0.65, ..base.clone() }), [false, true, false, true]);

@@ -134,7 +134,12 @@ impl<'m> Session<'m> {
             return Err(Error::TokenId { id, at, vocabulary });
         }
         if pack.tokens() != ids.len() || pack.segments() != self.pool.slots() {
-            return Err(Error::Pack { ids: ids.len(), pack: pack.tokens(), segments: pack.segments(), slots: self.pool.slots() });
+            return Err(Error::Pack {
+                ids: ids.len(),
+                pack: pack.tokens(),
+                segments: pack.segments(),
+                slots: self.pool.slots(),
+            });
         }
         if let Some(&row) = rows.iter().find(|&&r| r >= ids.len()) {
             return Err(Error::Row { row, rows: ids.len() });
@@ -247,4 +252,3 @@ pub fn next_token_loss(logits: &[f32], ids: &[u32], vocabulary: usize) -> f64 {
         })
         .sum()
 }
-

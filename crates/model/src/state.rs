@@ -110,7 +110,10 @@ impl State {
             return Err(not_a_state());
         }
         if field("version") != VERSION {
-            return Err(bad(format!("has version {} of the state format; this hognose reads {VERSION}", field("version"))));
+            return Err(bad(format!(
+                "has version {} of the state format; this hognose reads {VERSION}",
+                field("version")
+            )));
         }
         if field("model") != model {
             return Err(bad(format!(
@@ -221,7 +224,7 @@ impl StatePool {
         });
     }
 
-    /// Copies slot `from` over slot `to`.
+    /// Copies slot `from` over slot `to_slot` of another pool of the same model.
     pub fn copy(&self, from: usize, to: &StatePool, to_slot: usize) {
         self.each_part(|base, width, start| {
             let values: Vec<f32> = self.buffer.to_vec(4 * (base + from * width), width);

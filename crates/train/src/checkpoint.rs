@@ -128,9 +128,7 @@ impl RunFolder {
         let target = self.path.join(CHECKPOINTS).join(&name);
         // A run that was resumed from an earlier step comes by this one again.
         let _ = fs::remove_dir_all(&target);
-        atomic::write_folder(&target, |folder| {
-            self.write_into(folder, config, weights, optimizer, progress, extra)
-        })?;
+        atomic::write_folder(&target, |folder| self.write_into(folder, config, weights, optimizer, progress, extra))?;
         self.point(LATEST, &name)?;
         if progress.best.is_some_and(|b| b.step == progress.step) {
             self.point(BEST, &name)?;
@@ -150,8 +148,7 @@ impl RunFolder {
         extra: &[(&str, &[u8])],
     ) -> Result<(), Error> {
         let parameters: Vec<(String, Vec<f32>)> = weights.read_all().collect();
-        let tensors: Vec<SaveTensor<'_>> =
-            parameters.iter().map(|(n, v)| (n.as_str(), TensorData::F32(v))).collect();
+        let tensors: Vec<SaveTensor<'_>> = parameters.iter().map(|(n, v)| (n.as_str(), TensorData::F32(v))).collect();
         hognose_model::checkpoint::save(folder, config, &tensors, extra)?;
         drop(parameters);
         let path = folder.join(OPTIMIZER);

@@ -65,3 +65,9 @@ impl From<hognose_model::checkpoint::CheckpointError> for Error {
         Error::Model(error.into())
     }
 }
+
+impl From<hognose_model::hub::HubError> for Error {
+    fn from(error: hognose_model::hub::HubError) -> Error {
+        Error::Model(error.into())
+    }
+}

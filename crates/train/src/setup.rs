@@ -36,8 +36,8 @@ pub struct Setup {
 
 /// Minutes of the run without any argument, everything included.
 pub const DEFAULT_MINUTES: f64 = 3.7;
-/// Tokens of the evaluations on the way.
-const QUICK_TOKENS: u64 = 64 * 1024;
+/// Tokens of the evaluations on the way, at most about.
+const QUICK_TOKENS: u64 = 256 * 1024;
 
 impl Setup {
     /// Reads the texts and makes tokens of them. `compress` keeps the texts for the comparison with compressors.
@@ -80,10 +80,7 @@ impl Setup {
         } else {
             let store = store(&split.validation)?;
             let shape = Shape { length: config.length.max(256), batch: config.batch };
-            Some((
-                Evaluation::new(store.clone(), shape, None)?,
-                Evaluation::new(store, shape, Some(QUICK_TOKENS))?,
-            ))
+            Some((Evaluation::new(store.clone(), shape, None)?, Evaluation::new(store, shape, Some(QUICK_TOKENS))?))
         };
         let documents = compress.then_some((split.training, split.validation));
         Ok(Setup { model, tokenizer, init, training, evaluation, documents, source, warnings })
@@ -118,13 +115,12 @@ fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfi
 fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(), Error> {
     const KEYS: &str = "d_model, n_layer, d_state, d_conv, expand, headdim, ngroups, chunk_size, d_intermediate, \
                         tie_embeddings";
-    let number = || {
-        value.as_integer().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| Error::ModelValue {
-            key: key.to_string(),
-            found: value.to_string(),
-            expected: "a whole number above 0",
-        })
-    };
+    let number =
+        || {
+            value.as_integer().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| {
+                Error::ModelValue { key: key.to_string(), found: value.to_string(), expected: "a whole number above 0" }
+            })
+        };
     let expand = |m: &Mixer, d_model: usize| (m.d_inner() / d_model.max(1)).max(1);
     match key {
         "d_model" => {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use hognose_core::graph::{Cost, Recompute};
-use hognose_core::ops::adamw::{self, AdamW};
+use hognose_core::ops::adamw::{self, AdamW, Hyper};
 use hognose_core::ops::elementwise;
 use hognose_core::{Buffer, DType, Device, Graph, Pack, Plan, Slice, TensorId};
 use hognose_model::config::ModelConfig;
@@ -163,19 +163,6 @@ fn store_gradient(
     Ok(graph.store(value, dest)?)
 }
 
-/// Numbers of one update.
-#[derive(Clone, Copy, Debug)]
-pub struct UpdateInputs {
-    pub lr: f32,
-    pub betas: (f32, f32),
-    pub eps: f32,
-    pub weight_decay: f32,
-    /// Largest norm of the gradient; 0 does not clip.
-    pub clip: f32,
-    /// Updates done before this one, plus one.
-    pub step: u64,
-}
-
 /// AdamW over all parameters: the gradient's norm, clipping and the update, in one pass over flat memory.
 #[derive(Debug)]
 pub struct UpdatePlan {
@@ -197,7 +184,8 @@ impl UpdatePlan {
         let (params, grads, m, v) = (external("params", n), external("grads", n), external("m", n), external("v", n));
         let hyper = external("hyper", 8);
         let norm = adamw::global_norm(&mut graph, grads)?;
-        graph_norm(&mut graph, norm)?;
+        // The norm is read by the update and by the caller.
+        graph.output(NORM, norm)?;
         adamw::adamw(&mut graph, AdamW { params, grads, m, v, hyper, norm, decayed })?;
         Ok(UpdatePlan { plan: device.plan(graph)?, io: device.alloc(128)? })
     }
@@ -206,27 +194,17 @@ impl UpdatePlan {
         &self.plan
     }
 
-    /// Updates the parameters and returns the gradient's norm before clipping. If that is not finite, nothing changes.
+    /// Does update number `step` (from 1) on the buffers of parameters, gradients, first and second moments, and returns
+    /// the gradient's norm before clipping. If that is not finite, nothing changes.
     pub fn run(
         &self,
         device: &Device,
         arena: &Buffer,
         buffers: [&Buffer; 4],
-        inputs: &UpdateInputs,
+        hyper: &Hyper,
+        step: u64,
     ) -> Result<f32, Error> {
-        let correction = |beta: f32| (1.0 - f64::from(beta).powf(inputs.step as f64)) as f32;
-        let (beta1, beta2) = inputs.betas;
-        let hyper = [
-            inputs.lr,
-            beta1,
-            beta2,
-            inputs.eps,
-            inputs.weight_decay,
-            inputs.clip,
-            correction(beta1),
-            correction(beta2),
-        ];
-        self.io.write(0, &hyper);
+        self.io.write(0, &hyper.row(step));
         let [params, grads, m, v] = buffers.map(Buffer::slice);
         let bindings: Vec<Slice<'_>> = self
             .plan
@@ -245,12 +223,6 @@ impl UpdatePlan {
         device.run(&self.plan, arena, &bindings)?;
         Ok(self.io.to_vec::<f32>(64, 1)[0])
     }
-}
-
-/// The norm is read by the update and by the caller: the caller gets a copy.
-fn graph_norm(graph: &mut Graph, norm: TensorId) -> Result<(), Error> {
-    graph.output(NORM, norm)?;
-    Ok(())
 }
 
 /// Loss and gradients of a whole batch.

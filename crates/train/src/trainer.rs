@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
+use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
+use hognose_core::ops::adamw::Hyper;
 use hognose_core::{Buffer, Device};
-use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
 
@@ -21,7 +22,7 @@ use crate::evaluate::{Evaluator, Lanes, grow, padded_pack};
 use crate::records::Records;
 use crate::report::{Baselines, EvaluationReport, Observer, Outcome, PlanReport, StepReport};
 use crate::setup::Setup;
-use crate::step::{GradientPlan, StepInputs, StepShape, UpdateInputs, UpdatePlan};
+use crate::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 /// Weight of the newest step in the mean time of a step.
 const TIME_SMOOTHING: f64 = 0.05;
@@ -51,18 +52,23 @@ pub fn train(
     trainer.run(&run, observer).map(Some)
 }
 
-/// Goes on with the run in `folder` from its latest checkpoint, as if it had never stopped. `change` may set the
-/// number of threads, which changes no result, and more steps.
+/// The resolved configuration of the run in `folder`.
+pub fn read_config(folder: &Path) -> Result<TrainConfig, Error> {
+    RunFolder::open(folder)?;
+    Ok(TrainConfig::load(&folder.join(CONFIG))?)
+}
+
+/// Goes on with the run in `folder` from its latest checkpoint, as if it had never stopped. `config` is the run's own
+/// ([`read_config`]); it may have another number of threads, which changes no result, another time budget and more
+/// steps, which start the schedule's decay later.
 pub fn resume(
     folder: &Path,
+    config: TrainConfig,
     device: Device,
-    change: impl FnOnce(&mut TrainConfig),
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Error> {
     let run = RunFolder::open(folder)?;
-    let mut config = TrainConfig::load(&folder.join(CONFIG))?;
-    let steps = config.steps;
-    change(&mut config);
+    let steps = read_config(folder)?.steps;
     let config = config.resolve()?;
     let checkpoint = run.latest()?;
     let mut progress = read_progress(&checkpoint)?;
@@ -132,8 +138,7 @@ impl Trainer {
         };
         let bytes = weights.bytes();
         let (gradients, m, v) = (device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?);
-        let lanes =
-            if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
+        let lanes = if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
         let progress = match from {
             Some((checkpoint, progress)) => {
                 let lanes = lanes.as_ref().map(|l| l.pool.buffer());
@@ -194,12 +199,8 @@ impl Trainer {
     /// Plans a step and tells the observer, before anything runs: what does not fit is refused here.
     fn announce(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         self.setup.warnings.iter().for_each(|w| observer.note(w));
-        let mut plan = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
-        let (arena, unshared, cost) = {
-            let found = self.plans.get(&plan).ok_or_else(|| Error::Internal("a plan is missing".into()))?;
-            (found.plan().arena_bytes(), found.plan().unshared_bytes(), found.cost())
-        };
-        plan.1 = false;
+        let key = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
+        let found = &self.plans[&key];
         let held_out = self.setup.evaluation.as_ref().map(|e| e.0.bytes()).unwrap_or(0);
         let documents = self.setup.documents.as_ref();
         let persistent = 4 * self.model.weights.bytes() as u64;
@@ -208,10 +209,10 @@ impl Trainer {
             parameters: self.model.config.parameter_count(),
             model: self.model.config.clone(),
             persistent_bytes: persistent,
-            arena_bytes: arena as u64,
-            unshared_bytes: unshared as u64,
+            arena_bytes: found.plan().arena_bytes() as u64,
+            unshared_bytes: found.plan().unshared_bytes() as u64,
             available_bytes: device.available_memory(),
-            step_flops: cost.flops * self.config.accumulation as f64,
+            step_flops: found.cost().flops * self.config.accumulation as f64,
             peak_flops: self.peak_flops,
             step_tokens: self.config.tokens_per_step(),
             steps: self.progress.schedule.steps,
@@ -224,7 +225,13 @@ impl Trainer {
             data: self.setup.source.clone(),
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
         });
-        let found = &self.plans[&plan_key(self.config.batch, self.config.accumulation > 1)];
+        // Memory that was not touched yet still counts as free: gradients and moments come on top of the arena.
+        let (needed, available) =
+            (3 * self.model.weights.bytes() + found.plan().arena_bytes(), device.available_memory());
+        if needed as u64 > available {
+            let [needed, available] = [needed as u64, available].map(human_bytes);
+            return Err(hognose_core::Error::Memory { needed, available }.into());
+        }
         grow(device, &mut self.arena, found)
     }
 
@@ -242,9 +249,6 @@ impl Trainer {
         let mut records = Records::open(run.path(), self.progress.step)?;
         if let Some((training, held_out)) = self.setup.documents.take() {
             self.baselines = (!held_out.is_empty()).then(|| compress(training, held_out));
-        }
-        if self.progress.step == 0 {
-            self.evaluate(run, &mut records, observer, false)?;
         }
         let mut interrupted = false;
         while self.progress.step < self.progress.schedule.steps && !self.out_of_time() {
@@ -304,9 +308,8 @@ impl Trainer {
     fn step(&mut self, run: &RunFolder) -> Result<StepReport, Error> {
         let start = Instant::now();
         let step = self.progress.step;
-        let batches: Vec<Batch> = (0..self.config.accumulation)
-            .map(|_| self.loader.next_batch())
-            .collect::<Result<_, _>>()?;
+        let batches: Vec<Batch> =
+            (0..self.config.accumulation).map(|_| self.loader.next_batch()).collect::<Result<_, _>>()?;
         let predicted: usize = batches.iter().map(Batch::predicted).sum();
         let loss_scale = if predicted == 0 { 0.0 } else { 1.0 / predicted as f32 };
         let mut loss = 0.0;
@@ -341,16 +344,16 @@ impl Trainer {
         }
         let lr = self.progress.schedule.rate(step);
         let optimizer = &self.config.optimizer;
-        let inputs = UpdateInputs {
+        let hyper = Hyper {
             lr: lr as f32,
-            betas: (optimizer.betas[0] as f32, optimizer.betas[1] as f32),
+            beta1: optimizer.betas[0] as f32,
+            beta2: optimizer.betas[1] as f32,
             eps: optimizer.eps as f32,
             weight_decay: optimizer.weight_decay as f32,
-            clip: optimizer.clip as f32,
-            step: step + 1,
+            max_norm: optimizer.clip as f32,
         };
         let buffers = [self.model.weights.buffer(), &self.gradients, &self.m, &self.v];
-        let norm = self.update.run(&self.model.device, &self.arena, buffers, &inputs)?;
+        let norm = self.update.run(&self.model.device, &self.arena, buffers, &hyper, step + 1)?;
         if !norm.is_finite() {
             return Err(self.not_finite(run, "the gradient"));
         }
@@ -369,13 +372,15 @@ impl Trainer {
         if let Some(minutes) = self.config.minutes {
             left = left.min((60.0 * minutes - self.elapsed()).max(0.0));
         }
+        // Boundary tokens are given, not predicted.
         let training = &self.setup.training;
-        let tokens_per_byte = training.tokens() as f64 / training.bytes().max(1) as f64;
+        let tokens = training.tokens() - training.documents() as u64;
+        let tokens_per_byte = tokens as f64 / training.bytes().max(1) as f64;
         Ok(StepReport {
             step: self.progress.step,
             steps,
             loss,
-            bits_per_byte: loss / std::f64::consts::LN_2 * tokens_per_byte.min(1.0),
+            bits_per_byte: loss / std::f64::consts::LN_2 * tokens_per_byte,
             lr,
             gradient_norm: f64::from(norm),
             tokens: self.progress.step * self.config.tokens_per_step(),
@@ -413,8 +418,9 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         self.evaluation_speed = Some(seconds / evaluation.bytes().max(1) as f64);
         let step = self.progress.step;
-        // Parts and the whole are not compared with each other: the last evaluation decides for itself.
-        let best = step > 0 && self.progress.best.is_none_or(|b| bits_per_byte < b.bits_per_byte || full);
+        // A part and the whole are not compared with each other: then the last evaluation decides for itself.
+        let other = full && all.bytes() > quick.bytes();
+        let best = self.progress.best.is_none_or(|b| bits_per_byte < b.bits_per_byte || other);
         if best {
             self.progress.best = Some(Best { step, bits_per_byte });
         }
@@ -426,8 +432,7 @@ impl Trainer {
 
     fn save(&mut self, run: &RunFolder, observer: &mut dyn Observer) -> Result<(), Error> {
         self.progress.elapsed = self.elapsed();
-        let optimizer =
-            OptimizerState { m: &self.m, v: &self.v, lanes: self.lanes.as_ref().map(|l| l.pool.buffer()) };
+        let optimizer = OptimizerState { m: &self.m, v: &self.v, lanes: self.lanes.as_ref().map(|l| l.pool.buffer()) };
         let files = self.setup.tokenizer.files();
         let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
         let folder = run.save(&self.model.config, &self.model.weights, optimizer, &self.progress, &extra)?;
@@ -443,10 +448,11 @@ impl Trainer {
         self.config.minutes.is_some_and(|m| self.elapsed() + self.final_seconds() > 60.0 * m)
     }
 
-    /// Seconds that the evaluation at the end will need.
+    /// Seconds that the evaluation at the end will need: as the last one, or half of what training on it would take.
     fn final_seconds(&self) -> f64 {
-        let bytes = self.setup.evaluation.as_ref().map_or(0, |e| e.0.bytes());
-        self.evaluation_speed.unwrap_or(0.0) * bytes as f64
+        let bytes = self.setup.evaluation.as_ref().map_or(0, |e| e.0.bytes()) as f64;
+        let per_token = self.seconds_per_step.unwrap_or(0.0) / self.config.tokens_per_step() as f64;
+        self.evaluation_speed.unwrap_or(0.5 * per_token) * bytes
     }
 
     /// With a time budget: begins the decay when what is left of it is just enough for the decay's share of the steps.
@@ -523,4 +529,3 @@ fn compress(training: Vec<Document>, held_out: Vec<Document>) -> Receiver<std::i
     });
     receiver
 }
-

@@ -20,4 +20,6 @@ mod tasks;
 mod vectors;
 
 #[cfg(test)]
+mod example;
+#[cfg(test)]
 mod testing;

@@ -10,15 +10,14 @@ const SUMS: usize = 4;
 pub(crate) fn sum<S: Simd>(simd: S, n: usize, term: impl Fn(usize, usize) -> S::V) -> f32 {
     let mut sums = [simd.zero(); SUMS];
     let mut i = 0;
-    while i + SUMS * S::LANES <= n {
-        for (k, sum) in sums.iter_mut().enumerate() {
-            *sum = simd.add(*sum, term(i + k * S::LANES, S::LANES));
-        }
-        i += SUMS * S::LANES;
-    }
     while i < n {
-        sums[0] = simd.add(sums[0], term(i, S::LANES.min(n - i)));
-        i += S::LANES;
+        // One place calls `term`, so that it is surely inlined there.
+        for sum in &mut sums {
+            if i < n {
+                *sum = simd.add(*sum, term(i, S::LANES.min(n - i)));
+            }
+            i += S::LANES;
+        }
     }
     simd.reduce_add(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])))
 }

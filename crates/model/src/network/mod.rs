@@ -162,9 +162,8 @@ impl<'a> Recorder<'a> {
     /// The state externals of a layer's part (`conv` or `ssm`), `width` elements a segment: where segments start from,
     /// and where their final state goes.
     fn state(&mut self, layer: usize, part: &str, width: usize) -> (Option<TensorId>, Option<TensorId>) {
-        let mut external = |end| {
-            self.graph.external(state_name(layer, part, end), DType::F32, self.segment_count, width)
-        };
+        let mut external =
+            |end| self.graph.external(state_name(layer, part, end), DType::F32, self.segment_count, width);
         match self.states {
             States::None => (None, None),
             States::InPlace => {

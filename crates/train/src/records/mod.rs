@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 
 mod jsonl;
 mod plot;
-mod tensorboard;
-
 mod run;
+mod tensorboard;
 
 pub use jsonl::{Metrics, MetricsLog, read_metrics};
 pub use plot::LossPlot;
@@ -22,6 +21,8 @@ pub enum RecordError {
     Io { path: PathBuf, source: io::Error },
     #[error("{path}, line {line}: expected the metrics of a step, found {reason}; the file was changed or is damaged")]
     Line { path: PathBuf, line: usize, reason: String },
+    #[error(transparent)]
+    Save(#[from] crate::atomic::SaveError),
     #[error("there is nothing to draw: expected at least one step with a finite loss")]
     NothingToDraw,
     #[error("cannot draw {path}: {reason}")]

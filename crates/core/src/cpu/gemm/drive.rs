@@ -1,10 +1,12 @@
 //! Cutting a product into blocks that fit the caches, and blocks into tasks.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use super::super::isa::{Isa, Kernel};
 use super::super::pool::Pool;
 use super::super::simd::{Element, Simd};
+use super::Start;
 use super::kernel::{Block, From, Left, Weight, panel_columns, tile_rows};
 use super::matrix::{MatMut, MatRef};
 use super::pack::Pack;
@@ -25,6 +27,10 @@ const SERIAL_WORK: usize = 200_000;
 const TASK_WORK: usize = 100_000;
 /// Tasks a thread gets, about: enough to even out what else the machine does.
 const TASKS_PER_THREAD: usize = 4;
+/// Steps of k packed at a time where a task packs for itself: a slab of a panel stays in L1 for a single tile.
+const SLAB_STEPS: usize = 256;
+/// What packing an element costs, in multiply-adds.
+const PACK_COST: usize = 8;
 /// Elements a packing task moves, about.
 const PACK_WORK: usize = 32_768;
 /// Panels of B from which on packing a transposed A pays. Rows of A that lie in memory as such are never packed:
@@ -37,14 +43,6 @@ pub(super) enum Right<'a, W> {
     /// Panels over all of k.
     Packed(&'a [W]),
     Strided(MatRef<'a>),
-}
-
-/// Where the sums start.
-#[derive(Clone, Copy)]
-pub(super) enum Init<'a> {
-    Zero,
-    C,
-    Bias(&'a [f32]),
 }
 
 /// The pieces a task needs, sent by address.
@@ -79,138 +77,221 @@ fn region(pool: Option<&Pool>, tasks: usize, f: impl Fn(usize) + Sync) {
     }
 }
 
-/// C = init + A · B. Shapes have been checked; neither m nor n is 0.
+/// Calls `f` with room for `len` values of this thread's own, aligned to cache lines.
+fn with_workspace<T>(len: usize, f: impl FnOnce(*mut f32) -> T) -> T {
+    let mut workspace = WORKSPACE.take();
+    if workspace.len() * 16 < len {
+        workspace.resize(len.div_ceil(16), Line([0.0; 16]));
+    }
+    let result = f(workspace.as_mut_ptr().cast());
+    WORKSPACE.set(workspace);
+    result
+}
+
+/// C = start + A · B. Shapes have been checked; neither m nor n is 0.
 pub(super) fn drive<W: Weight>(
     pool: Option<&Pool>,
     isa: Isa,
     mut c: MatMut<'_>,
-    init: Init<'_>,
+    start: Start<'_>,
     a: MatRef<'_>,
     b: Right<'_, W>,
     tile_rows: usize,
 ) {
     let (m, n, k) = (a.rows(), c.cols(), a.cols());
-    let work = m.saturating_mul(n).saturating_mul(k);
+    let packing = if let Right::Strided(_) = b { PACK_COST } else { 0 };
+    let work = (m + packing).saturating_mul(n).saturating_mul(k);
     let pool = pool.filter(|pool| pool.threads() > 1 && work >= SERIAL_WORK);
+    let threads = pool.map_or(1, Pool::threads);
     let width = panel_columns(isa.lanes());
     let c_stride = c.row_stride();
-    let c = Shared(c.as_mut_ptr());
-
-    let few_rows = m <= tile_rows;
-    let packed = matches!(b, Right::Packed(_));
-    // With few rows the panels are streamed once and all sums fit into registers: no blocks of k.
-    let k_steps = if few_rows && packed { k.max(1) } else { even(k, K_STEPS, 16) };
-    let columns = if packed { n } else { n.min(COLUMNS) };
-    let pack_a = !few_rows && a.col_stride() != 1 && n.div_ceil(width) >= PACK_A_PANELS;
-    let rows = if pack_a { even(m, ROWS, tile_rows) } else { m };
-
-    let a_len = if pack_a { rows.next_multiple_of(tile_rows) * k_steps } else { 0 };
-    let b_len = if packed { 0 } else { columns.next_multiple_of(width) * k_steps };
-    let mut workspace = WORKSPACE.take();
-    let lines = (a_len.next_multiple_of(16) + b_len).div_ceil(16);
-    if workspace.len() < lines {
-        workspace.resize(lines, Line([0.0; 16]));
+    let product = Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, start, a, n, tile_rows, width };
+    match b {
+        Right::Strided(b) if m <= tile_rows || (m <= TASK_ROWS && (pool.is_none() || n >= 2 * threads * width)) => {
+            product.by_panels(b);
+        }
+        _ => product.by_blocks(b),
     }
-    let a_pack = Shared(workspace.as_mut_ptr().cast::<f32>());
-    // SAFETY: the workspace holds both parts.
-    let b_pack = Shared(unsafe { a_pack.0.add(a_len.next_multiple_of(16)) });
+}
 
-    for column in (0..n).step_by(columns) {
-        let columns = columns.min(n - column);
-        let panels = columns.div_ceil(width);
-        // One round even where k is 0: it writes where the sums start.
-        for step in (0..k.max(1)).step_by(k_steps) {
-            let steps = k_steps.min(k - step);
-            let from = match init {
-                Init::C => From::C,
-                _ if step > 0 => From::C,
-                Init::Zero => From::Zero,
-                Init::Bias(bias) => From::Bias(bias[column..].as_ptr()),
-            };
-            let from = Shared(from);
-            for row in (0..m).step_by(rows) {
-                let rows = rows.min(m - row);
-                let a_block = a.row_range(row..row + rows).col_range(step..step + steps);
+/// A product, its right-hand side aside.
+struct Product<'a> {
+    pool: Option<&'a Pool>,
+    threads: usize,
+    isa: Isa,
+    c: Shared<*mut f32>,
+    c_stride: usize,
+    start: Start<'a>,
+    a: MatRef<'a>,
+    n: usize,
+    tile_rows: usize,
+    /// Columns of a panel.
+    width: usize,
+}
 
-                // Pack what is not packed yet.
-                let per_task = |width: usize| (PACK_WORK / (width * steps).max(1)).max(1);
-                let a_tiles = if pack_a { rows.div_ceil(tile_rows) } else { 0 };
-                let a_group = per_task(tile_rows);
-                let a_tasks = a_tiles.div_ceil(a_group);
-                let b_panels = if !packed && row == 0 { panels } else { 0 };
-                let b_group = per_task(width);
-                let b_tasks = b_panels.div_ceil(b_group);
-                region(pool, a_tasks + b_tasks, |task| {
-                    if task < a_tasks {
-                        let first = task * a_group * tile_rows;
-                        let lines = a_block.row_range(first..rows.min(first + a_group * tile_rows));
-                        // SAFETY: the workspace has room for all tiles of the block.
-                        let to = unsafe { a_pack.get().add(first * steps) };
-                        pack(isa, lines, tile_rows, to);
-                    } else if let Right::Strided(b) = b {
-                        let first = (task - a_tasks) * b_group * width;
-                        let end = columns.min(first + b_group * width);
-                        let lines = b.row_range(step..step + steps).col_range(column + first..column + end);
-                        // SAFETY: the workspace has room for all panels of the block.
-                        let to = unsafe { b_pack.get().add(first * steps) };
-                        pack(isa, lines.t(), width, to);
-                    }
-                });
-
-                let threads = pool.map_or(1, Pool::threads);
-                let grid = Grid::new(rows, panels, steps, width, tile_rows, threads);
-                region(pool, grid.tasks(), |task| {
-                    let (rows_of, panels_of) = grid.place(task);
-                    let first = panels_of.start * width;
-                    let a = if pack_a {
-                        // SAFETY: the tile lies inside of the packed block.
-                        Left::Packed(unsafe { a_pack.get().add(rows_of.start * steps) })
-                    } else {
-                        let rows = a_block.row_range(rows_of.clone());
-                        Left::Strided { ptr: rows.as_ptr(), row: rows.row_stride(), col: rows.col_stride() }
-                    };
-                    let start = match from.get() {
-                        // SAFETY: the bias has a value for every column.
-                        From::Bias(bias) => From::Bias(unsafe { bias.add(first) }),
-                        other => other,
-                    };
-                    let rows = rows_of.len();
-                    let columns = columns.min(panels_of.end * width) - first;
-                    // SAFETY: the block lies inside of C, and no other task's block overlaps it.
-                    let c = unsafe { c.get().add((row + rows_of.start) * c_stride + column + first) };
-                    match b {
-                        Right::Packed(data) => {
-                            let at = (column + first) * k + step * width;
-                            isa.run(Block {
-                                k: steps,
-                                a,
-                                rows,
-                                b: data.as_ptr().wrapping_add(at),
-                                panel_stride: k * width,
-                                columns,
-                                c,
-                                c_stride,
-                                from: start,
-                            });
-                        }
-                        Right::Strided(_) => isa.run(Block {
+impl Product<'_> {
+    /// Few rows, and B not packed: every task packs a piece of a panel into its own cache and uses it up at once, so
+    /// B is read once and never written to memory.
+    fn by_panels(&self, b: MatRef<'_>) {
+        let (m, n, k, width) = (self.a.rows(), self.n, self.a.cols(), self.width);
+        let slab = if m <= self.tile_rows { SLAB_STEPS } else { 2 * SLAB_STEPS };
+        let panels = n.div_ceil(width);
+        let least = TASK_WORK.div_ceil(((m + PACK_COST) * width * k).max(1));
+        let group = panels.div_ceil(self.threads * TASKS_PER_THREAD).max(least);
+        region(self.pool, panels.div_ceil(group), |task| {
+            with_workspace(width * slab, |panel| {
+                for column in (task * group * width..n.min((task + 1) * group * width)).step_by(width) {
+                    let columns = width.min(n - column);
+                    // One round even where k is 0: it writes where the sums start.
+                    for step in (0..k.max(1)).step_by(slab) {
+                        let steps = slab.min(k - step);
+                        let lines = b.row_range(step..step + steps).col_range(column..column + columns).t();
+                        pack(self.isa, lines, width, panel);
+                        self.isa.run(Block {
                             k: steps,
-                            a,
-                            rows,
-                            // SAFETY: the panels lie inside of the workspace.
-                            b: unsafe { b_pack.get().add(first * steps) }.cast_const(),
-                            panel_stride: steps * width,
+                            a: strided(self.a.col_range(step..step + steps)),
+                            rows: m,
+                            b: panel.cast_const(),
+                            panel_stride: 0,
                             columns,
-                            c,
-                            c_stride,
-                            from: start,
-                        }),
+                            // SAFETY: the column lies inside of C.
+                            c: unsafe { self.c.get().add(column) },
+                            c_stride: self.c_stride,
+                            from: self.from(column, step),
+                        });
                     }
-                });
+                }
+            });
+        });
+    }
+
+    /// Blocks of rows, columns and k. What is to be packed is packed by all threads, then used by all.
+    fn by_blocks<W: Weight>(&self, b: Right<'_, W>) {
+        let (m, n, k, width, tile_rows) = (self.a.rows(), self.n, self.a.cols(), self.width, self.tile_rows);
+        let few_rows = m <= tile_rows;
+        let packed = matches!(b, Right::Packed(_));
+        // With few rows the panels are streamed once and all sums fit into registers: no blocks of k.
+        let k_steps = if few_rows && packed { k.max(1) } else { even(k, K_STEPS, 16) };
+        let columns = if packed { n } else { n.min(COLUMNS) };
+        let pack_a = !few_rows && self.a.col_stride() != 1 && n.div_ceil(width) >= PACK_A_PANELS;
+        let rows = if pack_a { even(m, ROWS, tile_rows) } else { m };
+        let a_len = if pack_a { (rows.next_multiple_of(tile_rows) * k_steps).next_multiple_of(16) } else { 0 };
+        let b_len = if packed { 0 } else { columns.next_multiple_of(width) * k_steps };
+        with_workspace(a_len + b_len, |workspace| {
+            // SAFETY: the workspace holds both parts.
+            let b_pack = unsafe { workspace.add(a_len) };
+            for column in (0..n).step_by(columns) {
+                // One round even where k is 0: it writes where the sums start.
+                for step in (0..k.max(1)).step_by(k_steps) {
+                    for row in (0..m).step_by(rows) {
+                        let place = Place {
+                            rows: row..m.min(row + rows),
+                            columns: column..n.min(column + columns),
+                            steps: step..k.min(step + k_steps),
+                            a_pack: pack_a.then_some(Shared(workspace)),
+                            b_pack: Shared(b_pack),
+                        };
+                        self.pack(&place, b);
+                        self.multiply(&place, b);
+                    }
+                }
             }
+        });
+    }
+
+    /// Packs what a block needs and no block before has packed.
+    fn pack<W: Weight>(&self, place: &Place, b: Right<'_, W>) {
+        let steps = place.steps.len();
+        let a = self.a.row_range(place.rows.clone()).col_range(place.steps.clone());
+        let a_rows = if place.a_pack.is_some() { a.rows() } else { 0 };
+        let a_group = (PACK_WORK / (self.tile_rows * steps).max(1)).max(1) * self.tile_rows;
+        let a_tasks = a_rows.div_ceil(a_group);
+        // Blocks of rows share the panels of the first.
+        let b = match b {
+            Right::Strided(b) if place.rows.start == 0 => {
+                Some(b.row_range(place.steps.clone()).col_range(place.columns.clone()).t())
+            }
+            _ => None,
+        };
+        let b_group = (PACK_WORK / (self.width * steps).max(1)).max(1) * self.width;
+        let b_tasks = b.map_or(0, |b| b.rows().div_ceil(b_group));
+        region(self.pool, a_tasks + b_tasks, |task| {
+            if let Some(a_pack) = place.a_pack
+                && task < a_tasks
+            {
+                let first = task * a_group;
+                let lines = a.row_range(first..a_rows.min(first + a_group));
+                // SAFETY: the workspace has room for all tiles of the block.
+                pack(self.isa, lines, self.tile_rows, unsafe { a_pack.get().add(first * steps) });
+            } else if let Some(b) = b {
+                let first = (task - a_tasks) * b_group;
+                let lines = b.row_range(first..b.rows().min(first + b_group));
+                // SAFETY: the workspace has room for all panels of the block.
+                pack(self.isa, lines, self.width, unsafe { place.b_pack.get().add(first * steps) });
+            }
+        });
+    }
+
+    /// Multiplies a block, on all threads.
+    fn multiply<W: Weight>(&self, place: &Place, b: Right<'_, W>) {
+        let (k, width, steps) = (self.a.cols(), self.width, place.steps.len());
+        let a = self.a.row_range(place.rows.clone()).col_range(place.steps.clone());
+        let panels = place.columns.len().div_ceil(width);
+        let grid = Grid::new(a.rows(), panels, steps, width, self.tile_rows, self.threads);
+        region(self.pool, grid.tasks(), |task| {
+            let (rows, panels) = grid.place(task);
+            let first = panels.start * width;
+            let column = place.columns.start + first;
+            let block = Block {
+                k: steps,
+                a: match place.a_pack {
+                    // SAFETY: the tile lies inside of the packed block.
+                    Some(a_pack) => Left::Packed(unsafe { a_pack.get().add(rows.start * steps) }),
+                    None => strided(a.row_range(rows.clone())),
+                },
+                rows: rows.len(),
+                // The panels of the workspace; replaced below where B came packed.
+                b: place.b_pack.get().cast_const().wrapping_add(first * steps),
+                panel_stride: steps * width,
+                columns: place.columns.len().min(panels.end * width) - first,
+                // SAFETY: the block lies inside of C, and no other task's block overlaps it.
+                c: unsafe { self.c.get().add((place.rows.start + rows.start) * self.c_stride + column) },
+                c_stride: self.c_stride,
+                from: self.from(column, place.steps.start),
+            };
+            match b {
+                Right::Strided(_) => self.isa.run(block),
+                Right::Packed(data) => {
+                    let at = column * k + place.steps.start * width;
+                    self.isa.run(block.with_panels(data.as_ptr().wrapping_add(at), k * width));
+                }
+            }
+        });
+    }
+
+    /// Where the sums start at a column and a step of k: later blocks of k go on from C.
+    fn from(&self, column: usize, step: usize) -> From {
+        match self.start {
+            Start::C => From::C,
+            _ if step > 0 => From::C,
+            Start::Zero => From::Zero,
+            Start::Bias(bias) => From::Bias(bias[column..].as_ptr()),
         }
     }
-    WORKSPACE.set(workspace);
+}
+
+/// A block of the product and where its packed parts are.
+struct Place {
+    rows: Range<usize>,
+    columns: Range<usize>,
+    steps: Range<usize>,
+    a_pack: Option<Shared<*mut f32>>,
+    b_pack: Shared<*mut f32>,
+}
+
+/// Rows of A where they are.
+fn strided(a: MatRef<'_>) -> Left {
+    Left::Strided { ptr: a.as_ptr(), row: a.row_stride(), col: a.col_stride() }
 }
 
 /// Packs lines (rows of the view) into panels of `width`.
@@ -265,7 +346,7 @@ impl Grid {
     }
 
     /// The rows and panels of a task; neighbours share the rows of A.
-    fn place(&self, task: usize) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
+    fn place(&self, task: usize) -> (Range<usize>, Range<usize>) {
         let across = self.panels.div_ceil(self.task_panels);
         let (row, panel) = (task / across * self.task_rows, task % across * self.task_panels);
         (row..self.rows.min(row + self.task_rows), panel..self.panels.min(panel + self.task_panels))

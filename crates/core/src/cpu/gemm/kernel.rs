@@ -111,6 +111,23 @@ pub(super) struct Block<W> {
     pub from: From,
 }
 
+impl<W> Block<W> {
+    /// The same block with other panels of B.
+    pub fn with_panels<U>(self, b: *const U, panel_stride: usize) -> Block<U> {
+        Block {
+            k: self.k,
+            a: self.a,
+            rows: self.rows,
+            b,
+            panel_stride,
+            columns: self.columns,
+            c: self.c,
+            c_stride: self.c_stride,
+            from: self.from,
+        }
+    }
+}
+
 /// One tile's place.
 #[derive(Clone, Copy)]
 struct Tile<W> {

@@ -24,7 +24,7 @@ mod tests;
 use super::Cpu;
 use super::isa::Isa;
 use super::pool::Pool;
-use drive::{Init, Right, drive, rows_of_tile};
+use drive::{Right, drive, rows_of_tile};
 
 pub use kernel::Weight;
 pub use matrix::{MatMut, MatRef};
@@ -104,21 +104,16 @@ fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: Ma
     if c.rows() == 0 || n == 0 {
         return;
     }
-    let init = match start {
-        Start::Zero => Init::Zero,
-        Start::C => Init::C,
-        Start::Bias(bias) => Init::Bias(bias),
-    };
     // A level this machine lacks runs as the portable one, and must be packed for as such.
     let isa = if isa.is_available() { isa } else { Isa::Portable };
     let rows = rows_of_tile(isa);
     match b {
-        Rhs::Strided(b) => drive::<f32>(pool, isa, c, init, a, Right::Strided(b), rows),
+        Rhs::Strided(b) => drive::<f32>(pool, isa, c, start, a, Right::Strided(b), rows),
         Rhs::Packed(b) => {
             assert_eq!(b.lanes(), isa.lanes(), "B was packed for another level of instructions");
             match b.data() {
-                Data::F32(data) => drive(pool, isa, c, init, a, Right::Packed(data), rows),
-                Data::Bf16(data) => drive(pool, isa, c, init, a, Right::Packed(data), rows),
+                Data::F32(data) => drive(pool, isa, c, start, a, Right::Packed(data), rows),
+                Data::Bf16(data) => drive(pool, isa, c, start, a, Right::Packed(data), rows),
             }
         }
     }

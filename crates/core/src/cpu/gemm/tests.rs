@@ -140,6 +140,30 @@ fn products_agree_with_f64_for_all_shapes_strides_and_starts() {
 }
 
 #[test]
+fn every_element_is_one_chain_through_all_blocks() {
+    let mut random = Random(6);
+    for isa in Isa::available() {
+        let cpu = cpu(isa, 2);
+        // More than one block of rows (A transposed, so it is packed), of columns and of k.
+        for (m, n, k) in [(1600, 260, 9), (390, 3200, 7), (400, 30, 2100), (30, 40, 1100), (3, 70, 1100)] {
+            let (a, b) = (Matrix::random(&mut random, m, k, 1), Matrix::random(&mut random, k, n, 1));
+            let c = random.values(m * n);
+            let got = run(&cpu, Start::C, &c, a.view(), b.view().into());
+            for i in 0..m {
+                for j in 0..n {
+                    let mut sum = c[i * n + j];
+                    for l in 0..k {
+                        let (x, y) = (a.view().get(i, l), b.view().get(l, j));
+                        sum = if isa == Isa::Portable { x * y + sum } else { x.mul_add(y, sum) };
+                    }
+                    assert_eq!(got[i * n + j].to_bits(), sum.to_bits(), "{isa}: C[{i}, {j}] of {m} × {n} × {k}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn packing_changes_no_bit() {
     let mut random = Random(2);
     let shapes = shapes(&mut random);

@@ -1,5 +1,7 @@
 //! 64-bit ARM.
 
+#![allow(unused_unsafe, reason = "NEON is a part of the usual 64-bit ARM targets, where intrinsics are safe to call")]
+
 use core::arch::aarch64::*;
 
 use half::bf16;

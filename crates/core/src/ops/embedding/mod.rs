@@ -1,10 +1,10 @@
-//! Embedding: row ids[t] of a table of weights for every token t.
+//! Embedding: row `ids[t]` of a table of weights for every token t.
 //!
 //! ids [1, T] i32, weight [V, d] f32 or bf16, y [T, d] f32. The weight may be packed ([`Layout::Panels`]), as it is
 //! where the output projection uses the same matrix. An id outside 0..V gives a row of NaN, so that it is seen; callers
 //! check what a user can cause.
 //!
-//! Gradient: dweight[v] = Σ dy[t] over the t with ids[t] = v, [V, d] f32, summed in the order of t. It is dense: the
+//! Gradient: `dweight[v] = Σ dy[t]` over the t with `ids[t] = v`, [V, d] f32, summed in the order of t. It is dense: the
 //! rows of tokens that do not occur are zero.
 
 pub mod reference;

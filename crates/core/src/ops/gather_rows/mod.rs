@@ -1,10 +1,10 @@
-//! Gathering rows: y[i] = x[rows[i]].
+//! Gathering rows: `y[i] = x[rows[i]]`.
 //!
 //! x [n, d] f32, rows [1, R] i32, y [R, d]. Rows may repeat and come in any order: the last token of every segment
 //! before the output projection, a scan order over a grid. A row number outside 0..n gives a row of NaN, so that it is
 //! seen; callers check what a user can cause.
 //!
-//! Gradient: dx[r] = Σ dy[i] over the i with rows[i] = r, summed in the order of i, whatever the number of threads.
+//! Gradient: `dx[r] = Σ dy[i]` over the i with `rows[i] = r`, summed in the order of i, whatever the number of threads.
 //! Both directions move memory and nothing else.
 
 pub mod reference;

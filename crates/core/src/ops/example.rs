@@ -1,0 +1,148 @@
+//! The worked example of `docs/adding-an-op.md`, which quotes this file. The op exists in tests only.
+
+use std::ops::Range;
+
+use crate::cpu::Cpu;
+use crate::cpu::isa::Kernel;
+use crate::cpu::simd::Simd;
+use crate::dtype::DType;
+use crate::error::Error;
+use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
+use crate::ops::testing::{Value, check_op};
+use crate::ops::vectors::{each, load, store};
+
+/// Elements that one task handles, about.
+const ELEMENTS_PER_TASK: usize = 16 * 1024;
+
+/// y = max(x, 0)² for x [rows, cols] f32 (So et al., "Primer", 2021).
+///
+/// # Errors
+/// x is not f32.
+pub fn squared_relu(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
+    g.expect_dtype("squared_relu", "x", x, DType::F32)?;
+    let y = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+    g.push(SquaredRelu, vec![Some(x)], vec![Some(y)]);
+    Ok(y)
+}
+
+#[derive(Debug)]
+struct SquaredRelu;
+
+impl Op for SquaredRelu {
+    fn name(&self) -> &'static str {
+        "squared_relu"
+    }
+
+    fn backward(
+        &self,
+        g: &mut Graph,
+        node: &Node,
+        d_outputs: &[Option<TensorId>],
+        _wanted: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        let Some(dy) = d_outputs[0] else { return Ok(vec![None]) };
+        let x = node.input(0);
+        let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+        g.push(SquaredReluGrad, vec![Some(x), Some(dy)], vec![Some(dx)]);
+        Ok(vec![Some(dx)])
+    }
+
+    fn flops(&self, g: &Graph, node: &Node) -> f64 {
+        (2 * g.rows(node.input(0)) * g.cols(node.input(0))) as f64
+    }
+
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        run(io.input(0), None, io.output(0), cpu);
+    }
+}
+
+/// dx = dy · 2 max(x, 0).
+#[derive(Debug)]
+struct SquaredReluGrad;
+
+impl Op for SquaredReluGrad {
+    fn name(&self) -> &'static str {
+        "squared_relu_grad"
+    }
+
+    fn backward(
+        &self,
+        _: &mut Graph,
+        _: &Node,
+        _: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
+    }
+
+    fn flops(&self, g: &Graph, node: &Node) -> f64 {
+        (3 * g.rows(node.input(0)) * g.cols(node.input(0))) as f64
+    }
+
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        run(io.input(0), Some(io.input(1)), io.output(0), cpu);
+    }
+}
+
+fn run(x: Mat, dy: Option<Mat>, out: Mat, cpu: &Cpu) {
+    let rows_per_task = (ELEMENTS_PER_TASK / x.cols.max(1)).max(1);
+    cpu.pool.chunks(x.rows, rows_per_task, |rows| cpu.isa.run(Rows { x, dy, out, rows }));
+}
+
+/// Some rows of the op, or of its gradient where there is a dy.
+struct Rows {
+    x: Mat,
+    dy: Option<Mat>,
+    out: Mat,
+    rows: Range<usize>,
+}
+
+impl Kernel for Rows {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for r in self.rows {
+            // SAFETY: row r lies in all operands, this task alone writes row r of the output, and inputs do not
+            // change. Only the columns that exist are touched.
+            unsafe {
+                let (x, out) = (self.x.at::<f32>(r, 0), self.out.at::<f32>(r, 0));
+                let dy = self.dy.map(|dy| dy.at::<f32>(r, 0));
+                each(s, self.x.cols, |i, lanes| {
+                    let positive = s.max(load(s, x.add(i), lanes), s.zero());
+                    let value = match dy {
+                        None => s.mul(positive, positive),
+                        Some(dy) => s.mul(load(s, dy.add(i), lanes), s.add(positive, positive)),
+                    };
+                    store(s, out.add(i), value, lanes);
+                });
+            }
+        }
+    }
+}
+
+/// Bounds of the values and of the gradients, as max|difference| / max|expected|.
+const BOUND: (f64, f64) = (2e-7, 1e-6);
+
+#[test]
+fn values_and_gradients() {
+    for (rows, cols) in [(1, 1), (5, 19), (700, 48)] {
+        check_op(
+            &[("x", Value::random(rows, cols, 1))],
+            &["x"],
+            |g, t| vec![squared_relu(g, t[0]).unwrap()],
+            |v| vec![Value::new(rows, cols, v[0].data.iter().map(|x| x.max(0.0).powi(2)).collect())],
+            BOUND,
+        );
+    }
+}
+
+#[test]
+fn the_guide_quotes_this_file() {
+    let guide = include_str!("../../../../docs/adding-an-op.md");
+    let quotes: Vec<&str> = guide.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(!quotes.is_empty());
+    for quote in quotes {
+        assert!(include_str!("example.rs").contains(quote), "docs/adding-an-op.md quotes what is not there:\n{quote}");
+    }
+}
