@@ -149,7 +149,13 @@ impl Bench {
     }
 
     /// Stores the final state over the initial one, or asks for the gradients.
-    fn finish(mut self, y: TensorId, last: TensorId, state: TensorId, wrt: Option<&[TensorId]>) -> Result<Bench, Error> {
+    fn finish(
+        mut self,
+        y: TensorId,
+        last: TensorId,
+        state: TensorId,
+        wrt: Option<&[TensorId]>,
+    ) -> Result<Bench, Error> {
         self.graph.output("y", y)?;
         match wrt {
             None => self.graph.store(last, state)?,
