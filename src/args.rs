@@ -94,7 +94,7 @@ pub struct TrainArgs {
     /// Checkpoint to train on from (fine-tuning): a folder or a hub id.
     #[arg(long, value_name = "PATH", conflicts_with = "preset")]
     pub model: Option<String>,
-    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz or .zst [default: the text that ships].
+    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz, .zst or .xz [default: the text that ships].
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<String>,
     /// Field of the text in .jsonl files.
@@ -103,7 +103,7 @@ pub struct TrainArgs {
     /// A tokenizer.json; without it and without one in --model, tokens are bytes.
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
-    /// Folder for the run [default: runs/NAME-DATE].
+    /// Folder for the run [default: runs/NAME, then runs/NAME-2 and so on].
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Optimizer steps.

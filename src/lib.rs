@@ -45,6 +45,7 @@ pub struct LoadOptions {
 /// A checkpoint in memory, ready to compute.
 #[derive(Debug)]
 pub struct Loaded {
+    /// Configuration, parameters and device.
     pub model: Model,
     /// Missing where the checkpoint has none.
     pub tokenizer: Option<Tokenizer>,
@@ -55,6 +56,10 @@ pub struct Loaded {
 }
 
 /// Loads a checkpoint: a folder in the original or the Hugging Face format, or an id of the hub (`org/name`).
+///
+/// # Errors
+/// Nothing there, a checkpoint that is damaged or not of a known kind, a tokenizer that cannot be read, too little
+/// memory.
 pub fn load(path_or_id: &str, options: &LoadOptions) -> Result<Loaded, Error> {
     let path = hognose_model::hub::resolve(path_or_id)?;
     let checkpoint = Checkpoint::open(&path)?;
@@ -74,6 +79,10 @@ pub fn load(path_or_id: &str, options: &LoadOptions) -> Result<Loaded, Error> {
 }
 
 /// Continues a text. The model must have a tokenizer.
+///
+/// # Errors
+/// No tokenizer, a text that it refuses, an empty prompt, sampling options outside their ranges, logits that are
+/// not finite.
 pub fn complete(loaded: &Loaded, prompt: &str, options: &GenerateOptions) -> Result<String, Error> {
     let tokenizer = loaded.tokenizer.as_ref().ok_or("the checkpoint has no tokenizer; generate from ids instead")?;
     let mut ids = loaded.start();
@@ -115,12 +124,18 @@ impl Loaded {
 
 /// Logits of every position of a sequence, row-major `[ids.len(), padded vocabulary]`. Memory beside the result does
 /// not grow with the length.
+///
+/// # Errors
+/// An id outside the vocabulary; too little memory.
 pub fn forward(model: &Model, ids: &[u32]) -> Result<Vec<f32>, Error> {
     let mut session = Session::new(model, 1)?;
     Ok(forward_in(&mut session, ids)?)
 }
 
 /// As [`forward`], in a session with one slot: continues its sequence.
+///
+/// # Errors
+/// As [`forward`]; a session with more than one slot.
 pub fn forward_in(session: &mut Session<'_>, ids: &[u32]) -> Result<Vec<f32>, hognose_model::Error> {
     let mut logits = Vec::with_capacity(ids.len() * session.model().config.padded_vocab);
     for chunk in ids.chunks(session.prefill_tokens()) {
@@ -133,6 +148,10 @@ pub fn forward_in(session: &mut Session<'_>, ids: &[u32]) -> Result<Vec<f32>, ho
 
 /// Trains a model as the configuration says, into a new folder, without a word. `hognose_train::trainer::train` takes
 /// an observer that watches.
+///
+/// # Errors
+/// A configuration that is not possible, data that cannot be read, a folder that holds something, too little memory,
+/// a loss that is not finite.
 pub fn train(config: TrainConfig, folder: &Path) -> Result<Outcome, Error> {
     let device = Device::cpu(config.threads)?;
     let mut silent = hognose_train::report::Silent;

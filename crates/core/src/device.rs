@@ -24,6 +24,7 @@ const LARGE: usize = 64 << 20;
 /// Where graphs run.
 #[derive(Clone, Debug)]
 pub enum Device {
+    /// The threads and the instruction set of this machine's CPU.
     Cpu(Arc<Cpu>),
 }
 
@@ -140,6 +141,7 @@ impl Buffer {
 /// A place in a buffer, bound to an external tensor of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice<'a> {
+    /// The memory.
     pub buffer: &'a Buffer,
     /// Bytes from the buffer's start.
     pub offset: usize,
@@ -147,21 +149,28 @@ pub struct Slice<'a> {
 
 impl Device {
     /// The CPU with this many threads (`None`: all cores), at the instruction set that `HOGNOSE_ISA` names or the best.
+    ///
+    /// # Errors
+    /// An instruction set that is unknown or not there.
     pub fn cpu(threads: Option<usize>) -> Result<Device, Error> {
         Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
     }
 
     /// Zeroed memory on the device. Refuses more than is free, instead of running into the system's limit later.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], with what is needed and what is free.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         if bytes >= LARGE {
-            self.check_memory(bytes as u64)?;
+            self.require(bytes as u64)?;
         }
         match self {
             Device::Cpu(_) => Buffer::new(bytes),
         }
     }
 
-    fn check_memory(&self, needed: u64) -> Result<(), Error> {
+    /// Refuses to need more bytes than are free.
+    pub fn require(&self, needed: u64) -> Result<(), Error> {
         let available = self.available_memory();
         if needed > available {
             return Err(Error::Memory { needed: human_bytes(needed), available: human_bytes(available) });
@@ -231,6 +240,9 @@ impl Device {
     }
 
     /// Places the tensors of a graph for this device.
+    ///
+    /// # Errors
+    /// A graph that reads an external's old value after a new one was stored over it.
     pub fn plan(&self, graph: crate::Graph) -> Result<Plan, Error> {
         match self {
             Device::Cpu(cpu) => Plan::new(graph, cpu),
@@ -238,12 +250,19 @@ impl Device {
     }
 
     /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`], with what is needed and what is free.
     pub fn arena(&self, plan: &Plan) -> Result<Buffer, Error> {
-        self.check_memory(plan.arena_bytes() as u64)?;
+        self.require(plan.arena_bytes() as u64)?;
         self.alloc(plan.arena_bytes())
     }
 
     /// Runs a plan: `bindings[i]` is the memory of external `i`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] and [`Error::Binding`]: another number of bindings than of externals, an arena or a
+    /// binding that is too small, memory that overlaps.
     pub fn run(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
         self.run_observed(plan, arena, bindings, None)
     }

@@ -6,8 +6,11 @@ use half::bf16;
 /// Type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// IEEE single precision, 4 bytes.
     F32,
+    /// The upper half of an f32, 2 bytes.
     BF16,
+    /// Signed 32-bit integers: token ids, offsets, row numbers.
     I32,
 }
 
@@ -33,6 +36,7 @@ impl std::fmt::Display for DType {
 
 /// A Rust type that a tensor can hold: plain bytes, any bit pattern valid.
 pub trait Element: Copy + Send + Sync + Default + 'static {
+    /// The type's name at run time.
     const DTYPE: DType;
 }
 

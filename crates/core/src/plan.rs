@@ -79,6 +79,7 @@ impl Plan {
         self.sum_bytes
     }
 
+    /// The graph that was planned.
     pub fn graph(&self) -> &Graph {
         &self.graph
     }

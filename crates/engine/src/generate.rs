@@ -15,6 +15,7 @@ use crate::sampling::{Sampler, Sampling};
 pub struct GenerateOptions {
     /// Tokens at most. 0 only takes in the prompt.
     pub max_new_tokens: usize,
+    /// How the next token is chosen.
     pub sampling: Sampling,
     /// Tokens that end the text; they are not part of it.
     pub eos: Vec<u32>,
@@ -58,6 +59,7 @@ pub struct Generated {
     pub prompt_ids: Vec<u32>,
     /// The new ids.
     pub ids: Vec<u32>,
+    /// Why it ended.
     pub finish: Finish,
     /// Seconds for the prompt.
     pub prompt_seconds: f64,

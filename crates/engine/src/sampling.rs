@@ -61,6 +61,7 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// A sampler that has seen no token. Fails for options outside their ranges.
     pub fn new(options: Sampling) -> Result<Sampler, Error> {
         options.validate()?;
         Ok(Sampler { options, seen: HashSet::new(), draws: 0 })

@@ -13,10 +13,13 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SaveError {
+    /// The operating system refused.
     #[error("cannot save {path}: {source}; what was there before is unchanged")]
     Io { path: PathBuf, source: io::Error },
+    /// The path has no file name or no folder.
     #[error("cannot save {0}: expected the path of a file inside a folder")]
     Path(PathBuf),
+    /// The destination exists.
     #[error("cannot save {0}: it exists already; choose another name or remove it")]
     Exists(PathBuf),
 }

@@ -18,8 +18,11 @@ const LOGITS: &str = "logits";
 /// A model in the memory of a device.
 #[derive(Debug)]
 pub struct Model {
+    /// What it is made of.
     pub config: ModelConfig,
+    /// Its parameters, in the form for inference.
     pub weights: Weights,
+    /// Where they are and where it runs.
     pub device: Device,
 }
 
@@ -61,12 +64,16 @@ enum Source {
 
 impl<'m> Session<'m> {
     /// States of `slots` sequences, all at their beginning.
+    ///
+    /// # Errors
+    /// No memory for the states.
     pub fn new(model: &'m Model, slots: usize) -> Result<Session<'m>, Error> {
         let pool = StatePool::new(&model.device, &model.config, slots)?;
         let arena = model.device.alloc(0)?;
         Ok(Session { model, plans: HashMap::new(), arena, pool, positions: vec![0; slots] })
     }
 
+    /// The model that it runs.
     pub fn model(&self) -> &'m Model {
         self.model
     }
@@ -101,6 +108,9 @@ impl<'m> Session<'m> {
     }
 
     /// Continues a slot from a state of the same model.
+    ///
+    /// # Errors
+    /// [`Error::ForeignState`] for a state that other parameters made.
     pub fn set_state(&mut self, slot: usize, state: &State) -> Result<(), Error> {
         if state.model != self.model.weights.fingerprint() {
             return Err(Error::ForeignState { found: state.model.clone(), expected: self.model.weights.fingerprint() });
@@ -128,6 +138,10 @@ impl<'m> Session<'m> {
 
     /// Processes a pack: segment s continues slot s. Returns the logits of the given rows of the pack, row-major
     /// `[rows.len(), padded vocabulary]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`], [`Error::Pack`] and [`Error::Row`] for inputs that do not fit; [`Error::Core`] where memory
+    /// is short. The states are unchanged then.
     pub fn run(&mut self, ids: &[u32], pack: &Pack, rows: &[usize]) -> Result<Vec<f32>, Error> {
         let vocabulary = self.model.config.padded_vocab;
         if let Some((at, &id)) = ids.iter().enumerate().find(|(_, id)| **id as usize >= vocabulary) {
@@ -181,6 +195,9 @@ impl<'m> Session<'m> {
 
     /// Processes the tokens of slot 0 in chunks, so that memory does not grow with their number, and returns the
     /// logits after the last one. `progress` is told how many tokens are done. The session must have one slot.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
     pub fn prefill(&mut self, ids: &[u32], mut progress: impl FnMut(usize)) -> Result<Vec<f32>, Error> {
         let mut logits = Vec::new();
         let mut done = 0;

@@ -26,6 +26,7 @@ pub struct LayerState {
 }
 
 impl LayerState {
+    /// The sizes of a layer's state.
     pub fn of(layer: &LayerConfig) -> LayerState {
         match &layer.mixer {
             Mixer::Mamba1(m) => LayerState { conv: (m.d_conv - 1) * m.d_inner, ssm: m.d_state * m.d_inner },
@@ -72,6 +73,9 @@ impl State {
 
     /// Writes a safetensors file with tensors `layers.I.conv` and `layers.I.ssm` and, as metadata, version, model,
     /// position and pending ids. The file appears whole or not at all.
+    ///
+    /// # Errors
+    /// The disk; a file that was there stays then.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         let mut views = Vec::new();
         let mut start = 0;
@@ -99,6 +103,9 @@ impl State {
 
     /// Reads a file that [`State::save`] wrote. `model` is the fingerprint of the parameters it is to continue with:
     /// a state of other parameters is refused.
+    ///
+    /// # Errors
+    /// No state file, another version, a state of another model, damaged numbers.
     pub fn load(path: &Path, config: &ModelConfig, model: &str) -> Result<State, Error> {
         let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
         let bad = |message: String| Error::file(path, message);

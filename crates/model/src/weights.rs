@@ -46,6 +46,12 @@ pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
     }
 }
 
+/// Bytes of a parameter with the padding behind it.
+fn padded_bytes(device: &Device, spec: &ParamSpec, (dtype, layout): (DType, Layout)) -> usize {
+    let (rows, cols) = matrix_shape(&spec.shape);
+    device.matrix_bytes(dtype, layout, rows, cols).next_multiple_of(ALIGNMENT)
+}
+
 /// The parameters of a model.
 #[derive(Debug)]
 pub struct Weights {
@@ -64,14 +70,18 @@ struct Entry {
 }
 
 impl Weights {
+    /// Bytes that the parameters of a model take.
+    pub fn required_bytes(device: &Device, config: &ModelConfig, form: Form) -> usize {
+        config.parameters().iter().map(|spec| padded_bytes(device, spec, form.of(spec, config))).sum()
+    }
+
     /// Memory for the parameters of a model, all zero.
     pub fn zeros(device: &Device, config: &ModelConfig, form: Form) -> Result<Weights, Error> {
         let mut entries = BTreeMap::new();
         let mut offset = 0;
         for spec in config.parameters() {
             let (dtype, layout) = form.of(&spec, config);
-            let (rows, cols) = matrix_shape(&spec.shape);
-            let bytes = device.matrix_bytes(dtype, layout, rows, cols).next_multiple_of(ALIGNMENT);
+            let bytes = padded_bytes(device, &spec, (dtype, layout));
             entries.insert(spec.name.clone(), Entry { spec, offset, dtype, layout });
             offset += bytes;
         }
@@ -80,6 +90,9 @@ impl Weights {
     }
 
     /// Loads a checkpoint.
+    ///
+    /// # Errors
+    /// Damaged numbers in the checkpoint; too little memory.
     pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
         let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
         Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)

@@ -36,6 +36,7 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 pub struct Progress {
     /// Optimizer steps done.
     pub step: u64,
+    /// Where the training data goes on.
     pub cursor: Cursor,
     /// With a time budget the decay may have been moved.
     pub schedule: Schedule,
@@ -43,6 +44,7 @@ pub struct Progress {
     pub decay_fixed: bool,
     /// Seconds trained.
     pub elapsed: f64,
+    /// The best evaluation so far, where there was one.
     pub best: Option<Best>,
     /// Checksum of the training tokens: a run goes on with the same data only.
     pub data: u32,
@@ -52,14 +54,18 @@ pub struct Progress {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
+    /// Optimizer steps done then.
     pub step: u64,
+    /// Bits per byte of held-out text.
     pub bits_per_byte: f64,
 }
 
 /// The optimizer's memory beside the parameters.
 #[derive(Clone, Copy, Debug)]
 pub struct OptimizerState<'a> {
+    /// First moments, laid out as the weights.
     pub m: &'a Buffer,
+    /// Second moments, laid out as the weights.
     pub v: &'a Buffer,
     /// States that lanes carry to the next step, where they do.
     pub lanes: Option<&'a Buffer>,
@@ -97,6 +103,7 @@ impl RunFolder {
         Ok(RunFolder { path: path.into() })
     }
 
+    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -13,12 +13,16 @@ use crate::schedule::{Kind, Schedule};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
+    /// The file cannot be read, or is not UTF-8.
     #[error("cannot read the configuration {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
+    /// Not TOML, a key that does not exist, or a value of another type; with the place in the file.
     #[error("the configuration {path} is not valid:\n{reason}")]
     Parse { path: PathBuf, reason: String },
+    /// A value outside what is possible.
     #[error("{name} is {found}, expected {expected}")]
     Value { name: &'static str, found: String, expected: &'static str },
+    /// A value that has no form in TOML.
     #[error("the configuration cannot be written as TOML: {0}")]
     Write(String),
 }
@@ -27,8 +31,10 @@ pub enum ConfigError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
+    /// IEEE single precision.
     #[default]
     F32,
+    /// The upper half of an f32.
     Bf16,
 }
 
@@ -39,7 +45,9 @@ pub enum DeviceKind {
     /// A GPU if there is one, else the CPU.
     #[default]
     Auto,
+    /// The CPU.
     Cpu,
+    /// An NVIDIA GPU.
     Cuda,
 }
 
@@ -54,7 +62,9 @@ pub struct TrainConfig {
     pub init: Option<PathBuf>,
     /// Seed of the split, the order of the data, the initial parameters and dropout. At most 2⁶³ − 1, as in TOML.
     pub seed: u64,
+    /// Where to train.
     pub device: DeviceKind,
+    /// Type of stored activations and matrix products; parameters and their gradients are f32 in any case.
     pub dtype: Dtype,
     /// Threads on the CPU; all cores when absent. The results do not depend on it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,8 +92,11 @@ pub struct TrainConfig {
     pub checkpoint_every: u64,
     /// Steps from one line written by the model to the next; 0 for none.
     pub sample_every: u64,
+    /// `[data]`: what to train on.
     pub data: DataConfig,
+    /// `[optimizer]`: AdamW.
     pub optimizer: OptimizerConfig,
+    /// `[schedule]`: the learning rate over the steps.
     pub schedule: ScheduleConfig,
     /// Values of the model's configuration that differ from the preset's.
     pub model: toml::Table,
@@ -112,7 +125,10 @@ pub struct OptimizerConfig {
     pub lr: f64,
     /// Decay of the first and second moment, in `[0, 1)`.
     pub betas: [f64; 2],
+    /// Added to the root of the second moment.
     pub eps: f64,
+    /// Share of the learning rate by which matrices, embedding and convolutions shrink in a step; norms, biases, A and
+    /// D do not.
     pub weight_decay: f64,
     /// The global norm to which larger gradients are scaled down; 0 for no clipping.
     pub clip: f64,
@@ -122,6 +138,7 @@ pub struct OptimizerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScheduleConfig {
+    /// Its form after the warm-up.
     pub kind: Kind,
     /// Steps of warm-up; a twentieth of the steps, at most 100, when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +158,7 @@ impl Default for TrainConfig {
             device: DeviceKind::default(),
             dtype: Dtype::default(),
             threads: None,
-            steps: 2000,
+            steps: 4000,
             minutes: None,
             length: 256,
             batch: 8,
@@ -149,9 +166,9 @@ impl Default for TrainConfig {
             carry_state: false,
             recompute: false,
             dropout: 0.0,
-            eval_every: 200,
+            eval_every: 500,
             checkpoint_every: 500,
-            sample_every: 200,
+            sample_every: 250,
             data: DataConfig::default(),
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig::default(),

@@ -33,6 +33,7 @@ pub struct Lanes {
 }
 
 impl Lanes {
+    /// Lanes whose states are zero.
     pub fn new(device: &Device, config: &ModelConfig, lanes: usize) -> Result<Lanes, Error> {
         Ok(Lanes { pool: StatePool::new(device, config, lanes)?, segments: HashMap::new() })
     }
@@ -79,6 +80,7 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
+    /// An evaluator for evaluations of `lanes` lanes; plans are made when they are needed.
     pub fn new(device: &Device, config: &ModelConfig, lanes: usize) -> Result<Evaluator, Error> {
         Ok(Evaluator { lanes: Lanes::new(device, config, lanes)?, plans: HashMap::new() })
     }

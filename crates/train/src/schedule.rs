@@ -24,6 +24,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {
+    /// The course after the warm-up.
     pub kind: Kind,
     /// The largest learning rate.
     pub peak: f64,

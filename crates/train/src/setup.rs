@@ -20,17 +20,23 @@ const VOCABULARY_MULTIPLE: usize = 8;
 /// What a run starts from.
 #[derive(Debug)]
 pub struct Setup {
+    /// What is trained.
     pub model: ModelConfig,
+    /// How text becomes tokens.
     pub tokenizer: Tokenizer,
     /// The folder of the checkpoint to start from, where there is one.
     pub init: Option<PathBuf>,
+    /// The tokens to train on.
     pub training: Arc<TokenStore>,
     /// Evaluations on all held-out text, and on a part of it for the way; none where nothing is held out.
     pub evaluation: Option<(Evaluation, Evaluation)>,
+    /// Number of documents that are held out.
+    pub held_out_documents: usize,
     /// The texts themselves, for the compressors.
     pub documents: Option<(Vec<Document>, Vec<Document>)>,
     /// Where the text comes from.
     pub source: String,
+    /// Sentences for the user.
     pub warnings: Vec<String>,
 }
 
@@ -82,8 +88,9 @@ impl Setup {
             let shape = Shape { length: config.length.max(256), batch: config.batch };
             Some((Evaluation::new(store.clone(), shape, None)?, Evaluation::new(store, shape, Some(QUICK_TOKENS))?))
         };
+        let held_out_documents = split.validation.len();
         let documents = compress.then_some((split.training, split.validation));
-        Ok(Setup { model, tokenizer, init, training, evaluation, documents, source, warnings })
+        Ok(Setup { model, tokenizer, init, training, evaluation, held_out_documents, documents, source, warnings })
     }
 
     /// The checkpoint to start from.

@@ -21,28 +21,36 @@ const GRAD: &str = "grad.";
 /// What decides the shape of a gradient plan.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepShape {
+    /// Rows of the pack.
     pub tokens: usize,
+    /// Segments of the pack, empty ones included.
     pub segments: usize,
     /// Segments start from carried states, and final states are kept.
     pub carry_state: bool,
     /// Gradients are computed (and with [`StepShape::accumulate`] added to those that are there).
     pub gradients: bool,
+    /// Gradients are added to those that are there.
     pub accumulate: bool,
+    /// Probability of dropping a value that a mixer or MLP adds to the residual stream, in `[0, 1)`.
     pub dropout: f32,
+    /// Which layers are computed again in the backward pass.
     pub recompute: Recompute,
 }
 
 /// The inputs of one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct StepInputs<'a> {
+    /// Token ids, one for each row of the pack.
     pub ids: &'a [u32],
     /// The next token at each position; −1 where nothing is to be predicted.
     pub targets: &'a [i32],
+    /// How the rows are cut into segments.
     pub pack: &'a Pack,
     /// The loss is this times the sum over the targets: one over the number of targets in the whole batch.
     pub loss_scale: f32,
     /// With `carry_state`: where segments start, and where their final states go.
     pub states: Option<(&'a StatePool, &'a StatePool)>,
+    /// Seed of the step's dropout masks: the run's seed and the number of the micro-batch.
     pub dropout_seed: [i32; 2],
 }
 
@@ -56,6 +64,7 @@ pub struct GradientPlan {
 }
 
 impl GradientPlan {
+    /// Records and plans a micro-batch of this shape. Fails where the configuration's ops refuse its sizes.
     pub fn new(device: &Device, config: &ModelConfig, shape: StepShape) -> Result<GradientPlan, Error> {
         let states = if shape.carry_state { States::Carried } else { States::None };
         let mut recorder = Recorder::new(config, Form::Training, shape.tokens, shape.segments, states);
@@ -81,10 +90,12 @@ impl GradientPlan {
         Ok(GradientPlan { plan, shape, io })
     }
 
+    /// The plan itself, for its sizes and costs.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
+    /// The shape that it was made for.
     pub fn shape(&self) -> &StepShape {
         &self.shape
     }
@@ -172,6 +183,7 @@ pub struct UpdatePlan {
 }
 
 impl UpdatePlan {
+    /// Plans the update of these parameters, which must be in [`Form::Training`].
     pub fn new(device: &Device, weights: &Weights) -> Result<UpdatePlan, Error> {
         let n = weights.bytes() / 4;
         let decayed: Vec<Range<usize>> = weights
@@ -190,6 +202,7 @@ impl UpdatePlan {
         Ok(UpdatePlan { plan: device.plan(graph)?, io: device.alloc(128)? })
     }
 
+    /// The plan itself, for its size.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

@@ -125,6 +125,8 @@ impl Trainer {
             let message = "training in bf16 needs a device with bf16 products; use dtype f32 on the CPU";
             return Err(Error::Unsupported(message.into()));
         }
+        // Parameters, gradients and two moments, before the first of them takes memory.
+        device.require(4 * Weights::required_bytes(&device, &setup.model, Form::Training) as u64)?;
         let mode = if config.carry_state { Mode::CarryState } else { Mode::Packed };
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
@@ -202,7 +204,6 @@ impl Trainer {
         let key = self.gradient_plan_for(self.config.batch, self.config.accumulation > 1)?;
         let found = &self.plans[&key];
         let held_out = self.setup.evaluation.as_ref().map(|e| e.0.bytes()).unwrap_or(0);
-        let documents = self.setup.documents.as_ref();
         let persistent = 4 * self.model.weights.bytes() as u64;
         let device = &self.model.device;
         observer.plan(&PlanReport {
@@ -220,7 +221,7 @@ impl Trainer {
             training_documents: self.setup.training.documents(),
             training_bytes: self.setup.training.bytes(),
             training_tokens: self.setup.training.tokens(),
-            held_out_documents: documents.map_or(0, |d| d.1.len()),
+            held_out_documents: self.setup.held_out_documents,
             held_out_bytes: held_out,
             data: self.setup.source.clone(),
             tokenizer: if self.setup.tokenizer.is_bytes() { "bytes".into() } else { "tokenizer.json".into() },
@@ -424,6 +425,7 @@ impl Trainer {
         if best {
             self.progress.best = Some(Best { step, bits_per_byte });
         }
+        let full = evaluation.bytes() == all.bytes();
         let report = EvaluationReport { step, bits_per_byte, bytes: evaluation.bytes(), seconds, best, full };
         records.evaluation(&report)?;
         observer.evaluation(&report);

@@ -11,11 +11,15 @@ use crate::graph::Layout;
 #[derive(Clone, Copy, Debug)]
 pub struct Mat {
     pub(crate) ptr: *mut u8,
+    /// Number of rows.
     pub rows: usize,
+    /// Number of columns.
     pub cols: usize,
     /// Elements from one row to the next.
     pub stride: usize,
+    /// Type of the elements.
     pub dtype: DType,
+    /// Row-major, or packed for the matrix product.
     pub layout: Layout,
 }
 

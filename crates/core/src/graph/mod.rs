@@ -52,10 +52,15 @@ pub enum Layout {
 /// What is known of a tensor.
 #[derive(Clone, Debug)]
 pub struct Tensor {
+    /// Number of rows: tokens of an activation, 1 of a vector.
     pub rows: usize,
+    /// Number of columns.
     pub cols: usize,
+    /// Type of the elements.
     pub dtype: DType,
+    /// How the elements are arranged.
     pub layout: Layout,
+    /// Where they live.
     pub place: Place,
 }
 
@@ -69,7 +74,9 @@ impl Tensor {
 /// Memory that the caller binds when the graph runs.
 #[derive(Clone, Debug)]
 pub struct External {
+    /// What the caller binds it by.
     pub name: String,
+    /// The tensor that reads and writes this memory.
     pub tensor: TensorId,
 }
 
@@ -134,8 +141,11 @@ pub trait Op: Debug + Send + Sync {
 /// A recorded operation with its operands.
 #[derive(Clone, Debug)]
 pub struct Node {
+    /// What it computes.
     pub op: Arc<dyn Op>,
+    /// Operands by place; `None` where an optional one is left out.
     pub inputs: Vec<Option<TensorId>>,
+    /// Results by place; `None` where the op has none there.
     pub outputs: Vec<Option<TensorId>>,
 }
 
@@ -163,30 +173,37 @@ pub struct Graph {
 }
 
 impl Graph {
+    /// A graph without ops.
     pub fn new() -> Graph {
         Graph::default()
     }
 
+    /// What is known of a tensor.
     pub fn tensor(&self, t: TensorId) -> &Tensor {
         &self.tensors[t.index()]
     }
 
+    /// Rows of a tensor.
     pub fn rows(&self, t: TensorId) -> usize {
         self.tensor(t).rows
     }
 
+    /// Columns of a tensor.
     pub fn cols(&self, t: TensorId) -> usize {
         self.tensor(t).cols
     }
 
+    /// Element type of a tensor.
     pub fn dtype(&self, t: TensorId) -> DType {
         self.tensor(t).dtype
     }
 
+    /// The ops in the order in which they were recorded.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
+    /// The tensors that the caller binds, in the order of the bindings of [`crate::Device::run`].
     pub fn externals(&self) -> &[External] {
         &self.externals
     }
@@ -260,6 +277,9 @@ impl Graph {
     ///
     /// Placing a final state over the initial state that it replaces is allowed: the plan refuses a graph in which a
     /// later op still reads the old value.
+    ///
+    /// # Errors
+    /// Another shape or type.
     pub fn store(&mut self, t: TensorId, dest: TensorId) -> Result<(), Error> {
         let (a, b) = (self.tensor(t), self.tensor(dest));
         if (a.rows, a.cols, a.dtype) != (b.rows, b.cols, b.dtype) {

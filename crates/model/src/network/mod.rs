@@ -51,6 +51,7 @@ pub enum States {
 
 /// Writes a model's ops into a graph for a pack of `tokens` rows in `segments` segments.
 pub struct Recorder<'a> {
+    /// What was recorded so far.
     pub graph: Graph,
     config: &'a ModelConfig,
     form: Form,

@@ -27,6 +27,7 @@ pub use store::{Boundary, TokenStore};
 pub struct Document {
     /// Where it comes from: a path, with the line number after a colon for JSON lines.
     pub name: String,
+    /// The text; for a model of bytes it need not be UTF-8.
     pub bytes: Vec<u8>,
 }
 

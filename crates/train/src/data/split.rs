@@ -15,7 +15,9 @@ const LINE_SEARCH: usize = 4096;
 /// Documents to train on and documents held out.
 #[derive(Debug, Clone, Default)]
 pub struct Split {
+    /// Documents to train on.
     pub training: Vec<Document>,
+    /// Documents held out.
     pub validation: Vec<Document>,
     /// A sentence for the user where the split is not by document.
     pub warning: Option<String>,

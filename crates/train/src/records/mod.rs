@@ -17,14 +17,19 @@ pub use tensorboard::EventWriter;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
+    /// The operating system refused.
     #[error("cannot write {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    /// A line of metrics.jsonl that is not one.
     #[error("{path}, line {line}: expected the metrics of a step, found {reason}; the file was changed or is damaged")]
     Line { path: PathBuf, line: usize, reason: String },
+    /// A file cannot be written.
     #[error(transparent)]
     Save(#[from] crate::atomic::SaveError),
+    /// There are no metrics to draw.
     #[error("there is nothing to draw: expected at least one step with a finite loss")]
     NothingToDraw,
+    /// The picture cannot be drawn or encoded.
     #[error("cannot draw {path}: {reason}")]
     Draw { path: PathBuf, reason: String },
 }

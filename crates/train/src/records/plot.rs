@@ -37,11 +37,15 @@ const GRID: RGBColor = RGBColor(228, 231, 234);
 /// Loss curves and the learning rate below them. Points are (step, value).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LossPlot {
+    /// Stands above the curves.
     pub title: String,
     /// What the upper axis says, such as "bits per byte".
     pub unit: String,
+    /// Loss on training text by step.
     pub training: Vec<(u64, f64)>,
+    /// Loss on held-out text by step.
     pub validation: Vec<(u64, f64)>,
+    /// Learning rate by step.
     pub learning_rate: Vec<(u64, f64)>,
     /// Horizontal lines with their names.
     pub references: Vec<(String, f64)>,

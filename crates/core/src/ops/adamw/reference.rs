@@ -10,12 +10,15 @@ pub const CLIP_EPS: f32 = 1e-6;
 pub struct Factors {
     /// What the gradient is multiplied by: min(1, max_norm / (norm + 1e-6)), or 1 for max_norm = 0.
     pub clip: f32,
+    /// Decay of the first moment, β₁.
     pub beta1: f32,
+    /// Decay of the second moment, β₂.
     pub beta2: f32,
     /// 1 − β₁
     pub beta1_rest: f32,
     /// 1 − β₂
     pub beta2_rest: f32,
+    /// Added to the root of the second moment, ε.
     pub eps: f32,
     /// What a decayed parameter is multiplied by: 1 − lr · weight_decay.
     pub keep: f32,
