@@ -84,6 +84,7 @@ impl Compute {
 }
 
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct TrainArgs {
     /// Settings in TOML; arguments on the command line come before it.
     #[arg(long, value_name = "FILE")]
@@ -138,6 +139,7 @@ pub struct TrainArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// A checkpoint: a folder, or an id of the Hugging Face hub.
     #[arg(long, value_name = "PATH|HUB_ID")]
@@ -238,6 +240,7 @@ pub enum FormatArg {
 }
 
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct BenchArgs {
     /// A preset (random weights) or a checkpoint.
     #[arg(long, value_name = "PRESET|PATH")]

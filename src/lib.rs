@@ -87,7 +87,8 @@ pub fn complete(loaded: &Loaded, prompt: &str, options: &GenerateOptions) -> Res
     let tokenizer = loaded.tokenizer.as_ref().ok_or("the checkpoint has no tokenizer; generate from ids instead")?;
     let mut ids = loaded.start();
     ids.extend(tokenizer.encode(prompt.as_bytes(), true)?);
-    let options = GenerateOptions { eos: loaded.eos.clone(), ..options.clone() };
+    let mut options = GenerateOptions { eos: loaded.eos.clone(), ..options.clone() };
+    options.sampling.vocabulary.get_or_insert(tokenizer.vocab_size());
     let mut session = Session::new(&loaded.model, 1)?;
     let mut text = hognose_engine::text::TextStream::new(tokenizer, &[]);
     let mut out = String::new();

@@ -1,5 +1,14 @@
 //! The command line: raw arguments → validated arguments → a call into the crates.
 
+/// As the standard macro of this name, but does not panic where nobody reads stderr any more: a training run goes on
+/// when the program that showed its messages ends.
+macro_rules! eprintln {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
 mod args;
 mod commands;
 mod terminal;
@@ -22,9 +31,27 @@ fn main() -> ExitCode {
         // What was asked for was not done to the end: the shell's code for an interrupt.
         Ok(()) if terminal::interrupted() => ExitCode::from(130),
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough, as `head` does.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", message(&error));
             ExitCode::from(if error.is::<args::Usage>() { 2 } else { 1 })
         }
     }
+}
+
+/// The error and its causes. Messages that quote their cause, as those of files do, are not followed by it again.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text {
+        text if text.is_empty() => cause,
+        text if text.contains(&cause) => text,
+        text => format!("{text}: {cause}"),
+    })
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let is = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    };
+    error.chain().any(is)
 }

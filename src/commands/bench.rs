@@ -30,6 +30,10 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
             return Err(Usage(format!("--{name} is 0; expected a whole number from 1 up")).into());
         }
     }
+    if args.batch.checked_mul(args.length).is_none_or(|tokens| tokens > i32::MAX as usize) {
+        let text = format!("--batch {} times --length {} is more than 2³¹ − 1 tokens", args.batch, args.length);
+        return Err(Usage(text).into());
+    }
     if let Some(op) = &args.op {
         return ops::run(op, &args);
     }
@@ -64,7 +68,7 @@ fn load(name: &str, device: Device, form: Form) -> anyhow::Result<Model> {
         return Ok(Model { config, weights, device });
     }
     if !Path::new(name).exists() && !name.contains('/') {
-        presets::preset(name)?;
+        presets::preset(name).map_err(|e| Usage(e.to_string()))?;
     }
     let checkpoint = Checkpoint::open(hognose_model::hub::resolve(name)?)?;
     let weights = Weights::load(&device, &checkpoint, form)?;

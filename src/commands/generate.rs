@@ -4,7 +4,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 
 use anyhow::Context;
-use hognose::{Finish, GenerateOptions, Loaded, Sampling, Session, State};
+use hognose::{Finish, GenerateOptions, Loaded, Sampling, Session, State, Tokenizer};
 use hognose_core::error::human_bytes;
 use hognose_engine::generate::{Event, Generated, generate};
 use hognose_engine::text::TextStream;
@@ -13,12 +13,13 @@ use crate::args::{GenerateArgs, Usage};
 use crate::terminal;
 
 pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
-    let sampling = Sampling {
+    let mut sampling = Sampling {
         temperature: args.temperature,
         top_k: args.top_k,
         top_p: args.top_p,
         min_p: args.min_p,
         repetition_penalty: args.repetition_penalty,
+        vocabulary: None,
         seed: args.seed,
     };
     sampling.validate().map_err(|e| Usage(format!("--{e}")))?;
@@ -27,6 +28,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
 
     let loaded = super::load(&args.model, args.tokenizer.as_deref(), &args.compute)?;
     eprintln!("{}: {}", args.model, super::describe(&loaded));
+    sampling.vocabulary = loaded.tokenizer.as_ref().map(Tokenizer::vocab_size);
     let config = &loaded.model.config;
     let state = match &args.load_state {
         Some(file) => Some(State::load(file, config, &loaded.model.weights.fingerprint())?),

@@ -67,6 +67,7 @@ fn configuration(args: &TrainArgs) -> anyhow::Result<TrainConfig> {
         config.minutes = Some(setup::DEFAULT_MINUTES);
     }
     if let Some(preset) = &args.preset {
+        hognose_model::presets::preset(preset).map_err(|e| Usage(e.to_string()))?;
         config.preset.clone_from(preset);
     }
     if let Some(model) = &args.model {
@@ -279,7 +280,8 @@ impl Observer for Watcher {
 /// A line that the model writes from the beginning of a text; `None` where it cannot.
 fn write_line(model: &Model, tokenizer: &Tokenizer, step: u64) -> Option<String> {
     let start = tokenizer.boundary().or(model.config.bos_token_id)?;
-    let sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: step, ..Sampling::default() };
+    let vocabulary = Some(tokenizer.vocab_size());
+    let sampling = Sampling { temperature: 0.8, top_p: 0.95, vocabulary, seed: step, ..Sampling::default() };
     let options = GenerateOptions { max_new_tokens: SAMPLE_TOKENS, sampling, eos: model.config.eos_token_ids.clone() };
     let mut session = Session::new(model, 1).ok()?;
     let mut text = TextStream::new(tokenizer, &[]);

@@ -22,13 +22,24 @@ pub struct Sampling {
     /// Divides positive and multiplies negative logits of tokens that occurred (Keskar et al. 2019, arXiv 1909.05858);
     /// 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Only ids below this, such as those that the tokenizer has; `None` takes all. Rows that fill up an embedding have no
+    /// meaning, but a model that is not trained well finds them likely, too.
+    pub vocabulary: Option<usize>,
     /// Seed of the draws: the same seed, prompt and model give the same text.
     pub seed: u64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            vocabulary: None,
+            seed: 0,
+        }
     }
 }
 
@@ -77,11 +88,14 @@ impl Sampler {
         if logits.is_empty() || logits.iter().any(|v| !v.is_finite()) {
             return None;
         }
+        let allowed = self.options.vocabulary.unwrap_or(logits.len()).clamp(1, logits.len());
+        let logits = &mut logits[..allowed];
         let penalty = self.options.repetition_penalty;
         if penalty != 1.0 {
             for &id in &self.seen {
                 if let Some(v) = logits.get_mut(id as usize) {
-                    *v = if *v > 0.0 { *v / penalty } else { *v * penalty };
+                    let changed = if *v > 0.0 { *v / penalty } else { *v * penalty };
+                    *v = changed.clamp(f32::MIN, f32::MAX);
                 }
             }
         }
@@ -183,6 +197,26 @@ mod tests {
         assert_eq!(kept(Sampling { min_p: 0.6, ..base.clone() }), [false, true, false, true]);
         assert_eq!(kept(Sampling { min_p: 1.0, ..base.clone() }), [false, true, false, false]);
         assert_eq!(kept(Sampling { top_k: 1, ..base }), [false, true, false, false]);
+    }
+
+    #[test]
+    fn ids_that_the_tokenizer_does_not_have_are_never_chosen() {
+        for temperature in [0.0, 1.0] {
+            let options = Sampling { temperature, vocabulary: Some(3), ..Sampling::default() };
+            let mut sampler = Sampler::new(options).unwrap();
+            for _ in 0..50 {
+                assert!(sampler.sample(&mut [0.0, 1.0, 2.0, 9.0]).unwrap() < 3);
+            }
+        }
+    }
+
+    #[test]
+    fn an_extreme_penalty_still_orders_the_tokens() {
+        for (penalty, expected) in [(1e-38, 1), (1e38, 2)] {
+            let mut sampler = Sampler::new(Sampling { repetition_penalty: penalty, ..Sampling::default() }).unwrap();
+            sampler.observe(&[0, 1]);
+            assert_eq!(sampler.sample(&mut [-3.0, 40.0, 30.0, -60.0]), Some(expected), "{penalty}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
 /// Largest number of layers that is taken for real.
-pub(crate) const MAX_LAYERS: usize = 1 << 16;
+pub const MAX_LAYERS: usize = 1 << 16;
 /// Largest number of parameters that is taken for real.
 const MAX_PARAMETERS: u128 = 1 << 40;
 /// Standard deviation of the embedding at initialisation, as in mamba-ssm.

@@ -107,7 +107,7 @@ impl State {
     /// # Errors
     /// No state file, another version, a state of another model, damaged numbers.
     pub fn load(path: &Path, config: &ModelConfig, model: &str) -> Result<State, Error> {
-        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
         let bad = |message: String| Error::file(path, message);
         let not_a_state = || bad("is not a state file of hognose; `generate --save-state` writes one".into());
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|_| not_a_state())?;

@@ -9,8 +9,9 @@
 //! runs/NAME/checkpoints/best          name of the one with the fewest bits per byte on held-out text
 //! ```
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use hognose_core::Buffer;
 use hognose_model::checkpoint::{SaveTensor, TensorData};
@@ -27,6 +28,8 @@ use crate::schedule::Schedule;
 const CHECKPOINTS: &str = "checkpoints";
 const LATEST: &str = "latest";
 const BEST: &str = "best";
+/// Held by the process that trains into the folder; let go by the system however that process ends.
+const LOCK: &str = ".lock";
 const TRAINER: &str = "trainer.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -80,17 +83,45 @@ impl<'a> OptimizerState<'a> {
 #[derive(Clone, Debug)]
 pub struct RunFolder {
     path: PathBuf,
+    /// Only held, never read.
+    _lock: Option<Arc<File>>,
 }
 
 impl RunFolder {
     /// A new folder, which must not exist or be empty.
     pub fn create(path: &Path) -> Result<RunFolder, Error> {
-        let taken = fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some()) || path.is_file();
-        if taken {
-            return Err(Error::RunExists { path: path.into() });
+        let taken = || {
+            let mut entries = fs::read_dir(path).into_iter().flatten().flatten();
+            path.is_file() || entries.any(|e| e.file_name() != LOCK)
+        };
+        let exists = || Error::RunExists { path: path.into() };
+        if taken() {
+            return Err(exists());
+        }
+        fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
+        let run = RunFolder { path: path.into(), _lock: None }.lock()?;
+        // Another process may have been faster, and be done already.
+        if taken() {
+            return Err(exists());
         }
         fs::create_dir_all(path.join(CHECKPOINTS)).map_err(|e| Error::io(path, e))?;
-        Ok(RunFolder { path: path.into() })
+        Ok(run)
+    }
+
+    /// Keeps other processes from training into the folder as long as this value lives.
+    pub fn lock(self) -> Result<RunFolder, Error> {
+        let path = self.path.join(LOCK);
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.map_err(|e| Error::io(&path, e))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                let message = "is being trained into by another process; stop that one first, or choose another --out";
+                return Err(Error::Resume { path: self.path, message: message.into() });
+            }
+            // Some network file systems have no locks; nothing is lost that was not lost before.
+            Err(TryLockError::Error(_)) | Ok(()) => {}
+        }
+        Ok(RunFolder { _lock: Some(Arc::new(file)), ..self })
     }
 
     /// The folder of a run to go on with.
@@ -99,7 +130,7 @@ impl RunFolder {
             let message = "is not the folder of a run: it has no config.toml; `hognose train` makes one".into();
             return Err(Error::Resume { path: path.into(), message });
         }
-        Ok(RunFolder { path: path.into() })
+        Ok(RunFolder { path: path.into(), _lock: None })
     }
 
     /// Where it is.

@@ -51,6 +51,9 @@ pub enum DeviceKind {
     Cuda,
 }
 
+/// Micro-batches of a step that are taken for real: all of them are in memory at once.
+const MAX_ACCUMULATION: usize = 1 << 16;
+
 /// Everything that decides what a training run computes. The defaults are those of a run without any argument.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -250,6 +253,9 @@ impl TrainConfig {
             ("accumulation", self.accumulation as u64),
             ("threads", self.threads.map_or(1, |threads| threads as u64)),
         ];
+        if self.accumulation > MAX_ACCUMULATION {
+            return fail("accumulation", self.accumulation.to_string(), "a whole number from 1 to 65536");
+        }
         for (name, value) in counts {
             if value == 0 || i64::try_from(value).is_err() {
                 return fail(name, value.to_string(), "a whole number from 1 up");
@@ -382,6 +388,7 @@ mod tests {
         assert!(message(|c| c.length = 0).starts_with("length is 0"));
         assert!(message(|c| c.batch = 0).starts_with("batch is 0"));
         assert!(message(|c| c.accumulation = 0).starts_with("accumulation is 0"));
+        assert!(message(|c| c.accumulation = 65537).ends_with("65537, expected a whole number from 1 to 65536"));
         assert!(message(|c| c.threads = Some(0)).starts_with("threads is 0"));
         assert!(message(|c| c.seed = u64::MAX).starts_with("seed is"));
         assert_eq!(message(|c| c.optimizer.lr = f64::NAN), "optimizer.lr is NaN, expected a finite number above 0");

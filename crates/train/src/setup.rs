@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hognose_model::checkpoint::{self, Checkpoint};
-use hognose_model::config::{Mixer, ModelConfig};
+use hognose_model::config::{MAX_LAYERS, Mixer, ModelConfig};
 use hognose_model::hub;
 use hognose_model::presets;
 use hognose_model::tokenizer::Tokenizer;
@@ -128,12 +128,16 @@ fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfi
 fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(), Error> {
     const KEYS: &str = "d_model, n_layer, d_state, d_conv, expand, headdim, ngroups, chunk_size, d_intermediate, \
                         tie_embeddings";
-    let number =
-        || {
-            value.as_integer().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| {
-                Error::ModelValue { key: key.to_string(), found: value.to_string(), expected: "a whole number above 0" }
-            })
+    // Bounded here, so that no product of two sizes wraps around; what is too large is refused with the whole model.
+    let number = || {
+        let n = value.as_integer().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
+        let bad = || Error::ModelValue {
+            key: key.to_string(),
+            found: value.to_string(),
+            expected: "a whole number from 1 to 4294967295",
         };
+        n.map(|n| n as usize).ok_or_else(bad)
+    };
     let expand = |m: &Mixer, d_model: usize| (m.d_inner() / d_model.max(1)).max(1);
     match key {
         "d_model" => {
@@ -149,7 +153,7 @@ fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(),
         }
         "n_layer" => {
             let layer = model.layers[0].clone();
-            model.layers = vec![layer; number()?];
+            model.layers = vec![layer; number()?.min(MAX_LAYERS + 1)];
         }
         "d_intermediate" => {
             let hidden = number()?;

@@ -67,12 +67,17 @@ pub fn resume(
     device: Device,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Error> {
-    let run = RunFolder::open(folder)?;
+    let run = RunFolder::open(folder)?.lock()?;
     let steps = read_config(folder)?.steps;
     let config = config.resolve()?;
     let checkpoint = run.latest()?;
     let mut progress = read_progress(&checkpoint)?;
-    if config.steps != steps {
+    if config.steps < progress.step {
+        let message = format!("has done {} steps already; give at least as many as --steps", progress.step);
+        return Err(Error::Resume { path: folder.into(), message });
+    }
+    // The second: a session with more steps that ended before its first checkpoint.
+    if config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed) {
         progress.schedule = config.learning_rate();
         progress.decay_fixed = false;
         atomic::write(&folder.join(CONFIG), config.to_toml()?.as_bytes())?;

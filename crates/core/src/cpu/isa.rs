@@ -35,7 +35,8 @@ pub enum Isa {
 pub enum IsaError {
     /// The name is none of the known levels.
     #[error(
-        "expected an instruction set out of avx512, avx2, neon and portable, found `{found}`; this machine has {available}"
+        "{ISA_VARIABLE} names the instruction set `{found}`; expected avx512, avx2, neon or portable, and this machine has \
+         {available}"
     )]
     Unknown {
         /// The name as given.
@@ -45,7 +46,8 @@ pub enum IsaError {
     },
     /// The level is known, but not one of this machine.
     #[error(
-        "the instruction set {found} was asked for, but this machine has only {available}; choose one of these or unset {ISA_VARIABLE}"
+        "{ISA_VARIABLE} names the instruction set {found}, but this machine has only {available}; choose one of these or \
+         unset it"
     )]
     Unavailable {
         /// The level asked for.

@@ -1,0 +1,9 @@
+//! The whole program, from its command line to its files. One binary, because linking takes longer than testing.
+
+mod checkpoints;
+mod cli;
+mod common;
+mod cuts;
+mod oracles;
+mod streams;
+mod training;
