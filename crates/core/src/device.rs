@@ -110,10 +110,9 @@ impl Buffer {
         out
     }
 
-    /// All bytes.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        // SAFETY: the whole buffer is readable, and nobody writes it now.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.bytes) }.to_vec()
+    /// `len` elements from byte `offset` on, without a copy. Panics if there are fewer, or the offset is not aligned.
+    pub fn as_slice<T: Element>(&mut self, offset: usize, len: usize) -> &[T] {
+        self.elements_mut(offset, len)
     }
 
     /// Sets every byte to zero.

@@ -255,6 +255,11 @@ impl StatePool {
         &self.buffer
     }
 
+    /// The memory of all states, to read without a copy.
+    pub fn buffer_mut(&mut self) -> &mut Buffer {
+        &mut self.buffer
+    }
+
     /// The memory of the state external `name`, if it is one of `end` (see [`state_name`]).
     pub fn slice(&self, name: &str, end: bool) -> Option<Slice<'_>> {
         let mut start = 0;

@@ -134,10 +134,14 @@ impl Weights {
         }
     }
 
-    /// Every parameter's values in the order of memory. The form must be [`Form::Training`].
-    pub fn read_all(&self) -> impl Iterator<Item = (String, Vec<f32>)> + '_ {
+    /// Every parameter's name and values in the order of memory, without a copy. The form must be [`Form::Training`].
+    pub fn tensors(&mut self) -> Vec<(&str, &[f32])> {
         debug_assert_eq!(self.form, Form::Training);
-        self.entries().map(|(offset, spec)| (spec.name.clone(), self.buffer.to_vec(offset, spec.numel())))
+        let values: &[f32] = self.buffer.as_slice(0, self.buffer.bytes() / 4);
+        let part = |e: &Entry| &values[e.offset / 4..][..e.spec.numel()];
+        let mut tensors: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset, name.as_str(), part(e))).collect();
+        tensors.sort_by_key(|t| t.0);
+        tensors.into_iter().map(|(_, name, values)| (name, values)).collect()
     }
 
     /// How the parameters lie in memory.

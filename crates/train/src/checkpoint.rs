@@ -64,18 +64,17 @@ pub struct Best {
 }
 
 /// The optimizer's memory beside the parameters.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct OptimizerState<'a> {
-    /// First moments, laid out as the weights.
-    pub m: &'a Buffer,
-    /// Second moments, laid out as the weights.
-    pub v: &'a Buffer,
+    /// First and second moments.
+    pub m: &'a mut Buffer,
+    pub v: &'a mut Buffer,
     /// States that lanes carry to the next step, where they do.
-    pub lanes: Option<&'a Buffer>,
+    pub lanes: Option<&'a mut Buffer>,
 }
 
 impl<'a> OptimizerState<'a> {
-    fn parts(self) -> impl Iterator<Item = (&'static str, &'a Buffer)> {
+    fn parts(self) -> impl Iterator<Item = (&'static str, &'a mut Buffer)> {
         [("m", self.m), ("v", self.v)].into_iter().chain(self.lanes.map(|l| ("lanes", l)))
     }
 }
@@ -157,7 +156,7 @@ impl RunFolder {
     pub fn save(
         &self,
         config: &ModelConfig,
-        weights: &Weights,
+        weights: &mut Weights,
         optimizer: OptimizerState<'_>,
         progress: &Progress,
         extra: &[(&str, &[u8])],
@@ -180,23 +179,25 @@ impl RunFolder {
         &self,
         folder: &Path,
         config: &ModelConfig,
-        weights: &Weights,
+        weights: &mut Weights,
         optimizer: OptimizerState<'_>,
         progress: &Progress,
         extra: &[(&str, &[u8])],
     ) -> Result<(), Error> {
-        let parameters: Vec<(String, Vec<f32>)> = weights.read_all().collect();
-        let tensors: Vec<SaveTensor<'_>> = parameters.iter().map(|(n, v)| (n.as_str(), TensorData::F32(v))).collect();
+        // Straight from the memory in which they are trained: a save needs no memory of its own.
+        let tensors: Vec<SaveTensor<'_>> =
+            weights.tensors().into_iter().map(|(name, values)| (name, TensorData::F32(values))).collect();
         hognose_model::checkpoint::save(folder, config, &tensors, extra)?;
-        drop(parameters);
         let path = folder.join(OPTIMIZER);
-        let parts: Vec<(&str, Vec<u8>)> = optimizer.parts().map(|(n, b)| (n, b.to_bytes())).collect();
-        let views = parts.iter().map(|(name, bytes)| {
-            let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes);
-            (*name, view.expect("the shape is the number of elements"))
-        });
-        let data = safetensors::serialize(views, None).map_err(|e| Error::damaged(&path, e))?;
-        atomic::write(&path, &data)?;
+        let mut views = Vec::new();
+        for (name, buffer) in optimizer.parts() {
+            let len = buffer.bytes();
+            let bytes = bytemuck::cast_slice(buffer.as_slice::<f32>(0, len / 4));
+            views
+                .push((name, TensorView::new(Dtype::F32, vec![len / 4], bytes).map_err(|e| Error::damaged(&path, e))?));
+        }
+        // The folder as a whole is synced and put in place by the caller.
+        safetensors::serialize_to_file(views, None, &path).map_err(|e| Error::io(&path, std::io::Error::other(e)))?;
         let path = folder.join(TRAINER);
         let text = serde_json::to_vec_pretty(progress).map_err(|e| Error::damaged(&path, e))?;
         Ok(atomic::write(&path, &text)?)

@@ -42,8 +42,11 @@ pub struct Setup {
 
 /// Minutes of the run without any argument, everything included.
 pub const DEFAULT_MINUTES: f64 = 3.7;
-/// Tokens of the evaluations on the way, at most about.
-const QUICK_TOKENS: u64 = 256 * 1024;
+/// Tokens of an evaluation on the way, at most about: a share of those trained on since the last one, so that
+/// evaluations take a small part of the time, within limits.
+fn quick_tokens(config: &TrainConfig) -> u64 {
+    (config.eval_every.saturating_mul(config.tokens_per_step()) / 5).clamp(8 * 1024, 256 * 1024)
+}
 
 impl Setup {
     /// Reads the texts and makes tokens of them. `compress` keeps the texts for the comparison with compressors.
@@ -86,7 +89,10 @@ impl Setup {
         } else {
             let store = store(&split.validation)?;
             let shape = Shape { length: config.length.max(256), batch: config.batch };
-            Some((Evaluation::new(store.clone(), shape, None)?, Evaluation::new(store, shape, Some(QUICK_TOKENS))?))
+            Some((
+                Evaluation::new(store.clone(), shape, None)?,
+                Evaluation::new(store, shape, Some(quick_tokens(config)))?,
+            ))
         };
         let held_out_documents = split.validation.len();
         let documents = compress.then_some((split.training, split.validation));

@@ -152,12 +152,12 @@ impl Trainer {
             (None, None) => Weights::initialise(&device, &setup.model, Form::Training, config.seed)?,
         };
         let bytes = weights.bytes();
-        let (gradients, m, v) = (device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?);
-        let lanes = if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
+        let [gradients, mut m, mut v] = [device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?];
+        let mut lanes = if config.carry_state { Some(Lanes::new(&device, &setup.model, config.batch)?) } else { None };
         let progress = match from {
             Some((checkpoint, progress)) => {
-                let lanes = lanes.as_ref().map(|l| l.pool.buffer());
-                read_optimizer(checkpoint, OptimizerState { m: &m, v: &v, lanes })?;
+                let lanes = lanes.as_mut().map(|l: &mut Lanes| l.pool.buffer_mut());
+                read_optimizer(checkpoint, OptimizerState { m: &mut m, v: &mut v, lanes })?;
                 loader.seek(progress.cursor)?;
                 progress
             }
@@ -447,10 +447,11 @@ impl Trainer {
 
     fn save(&mut self, run: &RunFolder, observer: &mut dyn Observer) -> Result<(), Error> {
         self.progress.elapsed = self.elapsed();
-        let optimizer = OptimizerState { m: &self.m, v: &self.v, lanes: self.lanes.as_ref().map(|l| l.pool.buffer()) };
+        let lanes = self.lanes.as_mut().map(|l| l.pool.buffer_mut());
+        let optimizer = OptimizerState { m: &mut self.m, v: &mut self.v, lanes };
         let files = self.setup.tokenizer.files();
         let extra: Vec<(&str, &[u8])> = files.iter().map(|(n, b)| (*n, b.as_slice())).collect();
-        let folder = run.save(&self.model.config, &self.model.weights, optimizer, &self.progress, &extra)?;
+        let folder = run.save(&self.model.config, &mut self.model.weights, optimizer, &self.progress, &extra)?;
         observer.saved(self.progress.step, &folder);
         Ok(())
     }

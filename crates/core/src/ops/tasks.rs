@@ -167,6 +167,27 @@ pub(crate) fn vectors<S: Simd>(n: usize) -> usize {
     n.div_ceil(S::LANES)
 }
 
+/// Asks for columns `col .. col + width` of rows that will be used soon: rows of wide matrices are too far apart for
+/// the hardware to guess. Into the second-level cache, since such rows compete for few lines of the first-level one.
+#[inline(always)]
+pub(crate) fn prefetch_rows(m: Option<Mat>, rows: Range<usize>, col: usize, width: usize) {
+    let Some(m) = m else { return };
+    let mut row = m.ptr::<f32>().wrapping_add(rows.start * m.stride + col);
+    for _ in rows {
+        for line in (0..width).step_by(ALIGNMENT / size_of::<f32>()) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the instruction is part of every x86-64 and faults at no address.
+            unsafe {
+                use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(line).cast_const().cast());
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = line;
+        }
+        row = row.wrapping_add(m.stride);
+    }
+}
+
 /// Copies rows `first .. first + lanes` of `m`, which hold one value per column each, to `to` with the rows as lanes:
 /// one vector per column, lanes past `lanes` zero.
 ///

@@ -13,7 +13,9 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
+use crate::ops::tasks::{
+    ChannelBlocks, Scratch, SegmentGroups, Segments, prefetch_rows, run_with_slots, transpose_rows, vectors,
+};
 use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level: 256 bytes of a row.
@@ -289,6 +291,10 @@ impl Walk<'_> {
                 unsafe {
                     for v in 0..vectors::<S>(block.width) {
                         self.load_tile::<S, ZOH>(s, v, first, steps);
+                    }
+                    let next = rows.end.min(first + TILE)..rows.end.min(first + 2 * TILE);
+                    for m in [Some(scan.inputs.x), Some(scan.inputs.dt), scan.inputs.z, scan.y] {
+                        prefetch_rows(m, next.clone(), block.first, block.width);
                     }
                     for v in 0..vectors::<S>(block.width) {
                         let advance = Advance { walk: self, v, first, steps, segment, from, keep, keep_row };
