@@ -241,7 +241,7 @@ fn an_existing_folder_is_never_trained_over() {
     assert_eq!((weights(&run), metrics(&run)), before);
     let texts = tiny.path("texts");
     let file = format!("{texts}/00.txt");
-    let with = |out| ["train", "--config", &args[2], "--out", out].map(str::to_string);
+    let with = |out| ["train", "--config", args[2], "--out", out].map(str::to_string);
     for out in [&texts, &file] {
         let listing = || fs::read_dir(&texts).unwrap().count();
         let files = listing();
@@ -376,12 +376,7 @@ fn a_run_folder_that_was_damaged_is_not_resumed() {
         let before = fs::read(file).unwrap();
         fs::write(file, change(before.clone())).unwrap();
         fails(1, &["train", "--resume", &run, "--steps", "3"], words);
-        // The checkpoint's files are linked into the run's folder: write them in place.
         fs::write(file, before).unwrap();
-        if file != config {
-            return;
-        }
-        fs::write(file, tiny.config.clone().resolve().unwrap().to_toml().unwrap()).unwrap();
     };
     let replace = |from: &'static str, to: &'static str| {
         move |text: Vec<u8>| {
@@ -411,7 +406,7 @@ fn start_endless(tiny: &Tiny, name: &str) -> Child {
     let args = tiny.args(name);
     let mut train = command(&args.iter().map(String::as_str).collect::<Vec<_>>());
     train.args(["--steps", "100000000"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = train.spawn().unwrap();
+    let mut child = train.spawn().unwrap();
     let metrics = tiny.path(name) + "/metrics.jsonl";
     for _ in 0..3000 {
         if fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() >= 3) {
@@ -419,7 +414,8 @@ fn start_endless(tiny: &Tiny, name: &str) -> Child {
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    panic!("no step was done in a minute");
+    child.kill().unwrap();
+    panic!("no step was done in a minute: {:?}", child.wait_with_output().unwrap());
 }
 
 fn interrupt(child: &Child) {

@@ -78,10 +78,10 @@ pub fn resume(
         return Err(Error::Resume { path: folder.into(), message });
     }
     // The second: a session with more steps that ended before its first checkpoint.
-    if config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed) {
+    let other_steps = config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed);
+    if other_steps {
         progress.schedule = config.learning_rate();
         progress.decay_fixed = false;
-        atomic::write(&folder.join(CONFIG), config.to_toml()?.as_bytes())?;
     }
     let setup = Setup::new(&config, true)?;
     if setup.training.fingerprint() != progress.data {
@@ -91,6 +91,9 @@ pub fn resume(
     }
     let mut trainer = Trainer::new(config, setup, device, Some((&checkpoint, progress)))?;
     trainer.announce(observer)?;
+    if other_steps {
+        atomic::write(&folder.join(CONFIG), trainer.config.to_toml()?.as_bytes())?;
+    }
     trainer.run(&run, observer)
 }
 
@@ -271,7 +274,7 @@ impl Trainer {
             observer.step(&report);
             self.receive_baselines(&mut records, observer)?;
             let step = self.progress.step;
-            let due = |every: u64| every > 0 && step % every == 0;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
             if observer.interrupted() {
                 interrupted = true;
                 break;
