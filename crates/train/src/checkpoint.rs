@@ -20,7 +20,7 @@ use hognose_model::weights::Weights;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::atomic;
+use crate::atomic::{self, SaveError};
 use crate::data::Cursor;
 use crate::error::Error;
 use crate::schedule::Schedule;
@@ -197,7 +197,8 @@ impl RunFolder {
                 .push((name, TensorView::new(Dtype::F32, vec![len / 4], bytes).map_err(|e| Error::damaged(&path, e))?));
         }
         // The folder as a whole is synced and put in place by the caller.
-        safetensors::serialize_to_file(views, None, &path).map_err(|e| Error::io(&path, std::io::Error::other(e)))?;
+        let written = safetensors::serialize_to_file(views, None, &path);
+        written.map_err(|e| SaveError::Io { path, source: std::io::Error::other(e) })?;
         let path = folder.join(TRAINER);
         let text = serde_json::to_vec_pretty(progress).map_err(|e| Error::damaged(&path, e))?;
         Ok(atomic::write(&path, &text)?)
