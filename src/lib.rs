@@ -1,7 +1,7 @@
 //! State space models in Rust: load, generate, forward and train in a few lines each.
 //!
 //! ```no_run
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # fn main() -> Result<(), hognose::Error> {
 //! let model = hognose::load("runs/tiny", &hognose::LoadOptions::default())?;
 //! let answer = hognose::complete(&model, "Call me ", &hognose::GenerateOptions::default())?;
 //! println!("{answer}");

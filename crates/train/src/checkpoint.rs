@@ -17,6 +17,7 @@ use hognose_core::Buffer;
 use hognose_model::checkpoint::{SaveTensor, TensorData};
 use hognose_model::config::ModelConfig;
 use hognose_model::weights::Weights;
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -163,10 +164,17 @@ impl RunFolder {
     ) -> Result<PathBuf, Error> {
         let name = format!("step-{:08}", progress.step);
         let target = self.path.join(CHECKPOINTS).join(&name);
-        // A run that was resumed from an earlier step comes by this one again.
-        let _ = fs::remove_dir_all(&target);
-        atomic::write_folder(&target, |folder| self.write_into(folder, config, weights, optimizer, progress, extra))?;
-        self.point(LATEST, &name)?;
+        if self.pointed(LATEST).is_some_and(|latest| latest == target) {
+            // Nothing was trained since: only what was measured is new, and the weights must not be at risk.
+            write_progress(&target, progress)?;
+        } else {
+            // A session that broke off before it could point here may have left this step's checkpoint.
+            let _ = fs::remove_dir_all(&target);
+            atomic::write_folder(&target, |folder| {
+                self.write_into(folder, config, weights, optimizer, progress, extra)
+            })?;
+            self.point(LATEST, &name)?;
+        }
         if progress.best.is_some_and(|b| b.step == progress.step) {
             self.point(BEST, &name)?;
         }
@@ -197,11 +205,11 @@ impl RunFolder {
                 .push((name, TensorView::new(Dtype::F32, vec![len / 4], bytes).map_err(|e| Error::damaged(&path, e))?));
         }
         // The folder as a whole is synced and put in place by the caller.
-        let written = safetensors::serialize_to_file(views, None, &path);
-        written.map_err(|e| SaveError::Io { path, source: std::io::Error::other(e) })?;
-        let path = folder.join(TRAINER);
-        let text = serde_json::to_vec_pretty(progress).map_err(|e| Error::damaged(&path, e))?;
-        Ok(atomic::write(&path, &text)?)
+        safetensors::serialize_to_file(views, None, &path).map_err(|e| match e {
+            SafeTensorError::IoError(source) => SaveError::Io { path: path.clone(), source }.into(),
+            other => Error::damaged(&path, other),
+        })?;
+        write_progress(folder, progress)
     }
 
     fn point(&self, pointer: &str, name: &str) -> Result<(), Error> {
@@ -239,6 +247,12 @@ impl RunFolder {
             }
         }
     }
+}
+
+fn write_progress(checkpoint: &Path, progress: &Progress) -> Result<(), Error> {
+    let path = checkpoint.join(TRAINER);
+    let text = serde_json::to_vec_pretty(progress).map_err(|e| Error::damaged(&path, e))?;
+    Ok(atomic::write(&path, &text)?)
 }
 
 /// Reads where a checkpoint stands.
