@@ -80,7 +80,9 @@ pub fn fails(code: i32, args: &[&str], words: &[&str]) {
 pub fn refused(code: i32, run: &Run, args: &[&str], words: &[&str]) {
     assert_eq!(run.code, code, "{args:?}: {}", run.stderr);
     assert_eq!(run.stdout, "", "{args:?}");
-    let (_, message) = run.stderr.rsplit_once("error: ").unwrap_or_else(|| panic!("{args:?}: no error in {run:?}"));
+    let last = run.stderr.rsplit_once("\nerror: ").map(|(_, message)| message);
+    let message =
+        last.or(run.stderr.strip_prefix("error: ")).unwrap_or_else(|| panic!("{args:?}: no error in {run:?}"));
     for word in words {
         assert!(message.contains(word), "{args:?}: no {word:?} in {message:?}");
     }

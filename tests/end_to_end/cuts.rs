@@ -197,6 +197,8 @@ fn a_session_refuses_what_does_not_fit() {
     assert!(text(session.run(&[1, 2], &pack(&[1, 1]), &[2])).contains("row 2"));
     let foreign = State::zero(&other.model.config, other.model.weights.fingerprint());
     assert!(session.set_state(0, &foreign).unwrap_err().to_string().contains("belongs to the model"));
+    // No tokens are no work.
+    assert_eq!(session.run(&[], &pack(&[0, 0]), &[]).unwrap(), Vec::<f32>::new());
     // What was refused left no trace.
     assert_eq!((session.position(0), session.position(1)), (0, 0));
     assert!(session.state(0).values().iter().all(|v| *v == 0.0));

@@ -241,7 +241,7 @@ fn an_existing_folder_is_never_trained_over() {
     assert_eq!((weights(&run), metrics(&run)), before);
     let texts = tiny.path("texts");
     let file = format!("{texts}/00.txt");
-    let with = |out| ["train", "--config", &args[2], "--out", out].map(str::to_string);
+    let with = |out| ["train", "--config", args[2], "--out", out].map(str::to_string);
     for out in [&texts, &file] {
         let listing = || fs::read_dir(&texts).unwrap().count();
         let files = listing();
@@ -366,12 +366,47 @@ fn a_full_disk_leaves_the_previous_checkpoint() {
     assert_eq!(losses(&run).len(), 4);
 }
 
+#[test]
+fn a_run_folder_that_was_damaged_is_not_resumed() {
+    let tiny = Tiny::new(|c| c.steps = 2);
+    let run = tiny.run("run");
+    let checkpoint = format!("{run}/checkpoints/{}", latest(&run));
+    let config = format!("{run}/config.toml");
+    let refuses = |file: &str, change: &dyn Fn(Vec<u8>) -> Vec<u8>, words: &[&str]| {
+        let before = fs::read(file).unwrap();
+        fs::write(file, change(before.clone())).unwrap();
+        fails(1, &["train", "--resume", &run, "--steps", "3"], words);
+        fs::write(file, before).unwrap();
+    };
+    let replace = |from: &'static str, to: &'static str| {
+        move |text: Vec<u8>| {
+            let text = String::from_utf8(text).unwrap();
+            assert!(text.contains(from), "{text}");
+            text.replace(from, to).into_bytes()
+        }
+    };
+    refuses(&config, &|_| b"garbage {".to_vec(), &["config.toml", "line 1"]);
+    // Sizes that the checkpoint does not have: memory past its ends must not be read.
+    refuses(&config, &replace("n_layer = 2", "n_layer = 3"), &["other sizes", "config.toml"]);
+    refuses(&config, &replace("d_model = 16", "d_model = 64"), &["other sizes", "config.toml"]);
+    refuses(&config, &replace("/texts\"", "/nowhere\""), &["nowhere"]);
+    refuses(&format!("{checkpoint}/trainer.json"), &|_| b"{}".to_vec(), &["trainer.json is damaged"]);
+    let half = |bytes: Vec<u8>| bytes[..bytes.len() / 2].to_vec();
+    refuses(&format!("{checkpoint}/optimizer.safetensors"), &half, &["optimizer.safetensors is damaged"]);
+    refuses(&format!("{checkpoint}/model.safetensors"), &half, &["model.safetensors", "cut short or damaged"]);
+    refuses(&format!("{run}/checkpoints/latest"), &|_| b"none".to_vec(), &["no checkpoint"]);
+    let text = tiny.path("texts/03.txt");
+    refuses(&text, &|bytes| [bytes, b"more".to_vec()].concat(), &["trained on other data"]);
+    succeeds(&["train", "--resume", &run, "--steps", "3"]);
+    assert_eq!(losses(&run).len(), 3);
+}
+
 /// Starts a run that would take long, and waits until it has done a few steps.
 fn start_endless(tiny: &Tiny, name: &str) -> Child {
     let args = tiny.args(name);
     let mut train = command(&args.iter().map(String::as_str).collect::<Vec<_>>());
     train.args(["--steps", "100000000"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = train.spawn().unwrap();
+    let mut child = train.spawn().unwrap();
     let metrics = tiny.path(name) + "/metrics.jsonl";
     for _ in 0..3000 {
         if fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() >= 3) {
@@ -379,7 +414,8 @@ fn start_endless(tiny: &Tiny, name: &str) -> Child {
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    panic!("no step was done in a minute");
+    child.kill().unwrap();
+    panic!("no step was done in a minute: {:?}", child.wait_with_output().unwrap());
 }
 
 fn interrupt(child: &Child) {

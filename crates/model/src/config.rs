@@ -206,7 +206,7 @@ fn multiple(layer: usize, what: &str, value: usize, of: &str, divisor: usize) ->
 }
 
 fn epsilon(what: impl Fn() -> String, found: f32) -> Result<(), ConfigError> {
-    if found.is_finite() && found >= 0.0 && found < 1.0 {
+    if (0.0..1.0).contains(&found) {
         Ok(())
     } else {
         Err(ConfigError::Number { what: what(), found, expected: "a small number that is not negative, such as 1e-5" })

@@ -15,7 +15,7 @@ pub enum Error {
     Core(#[from] hognose_core::Error),
     /// The checkpoint cannot be read or written.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    Checkpoint(Box<CheckpointError>),
     /// The sizes cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -43,6 +43,12 @@ pub enum Error {
     /// Logits were asked for a row that the pack does not have.
     #[error("the logits of row {row} were asked for, but the pack has {rows} rows")]
     Row { row: usize, rows: usize },
+}
+
+impl From<CheckpointError> for Error {
+    fn from(error: CheckpointError) -> Error {
+        Error::Checkpoint(Box::new(error))
+    }
 }
 
 impl Error {

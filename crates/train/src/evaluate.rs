@@ -1,6 +1,7 @@
 //! Bits per byte on held-out text: every token predicted once, from everything before it in its document.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use hognose_core::graph::Recompute;
 use hognose_core::{Buffer, Device, Pack};
@@ -46,11 +47,13 @@ impl Lanes {
         batch: &Batch,
         segments: usize,
     ) -> Result<(&StatePool, &StatePool), Error> {
-        if !self.segments.contains_key(&segments) {
-            let pools = (StatePool::new(device, config, segments)?, StatePool::new(device, config, segments)?);
-            self.segments.insert(segments, pools);
-        }
-        let (start, end) = &self.segments[&segments];
+        let (start, end) = match self.segments.entry(segments) {
+            Entry::Occupied(pools) => pools.into_mut(),
+            Entry::Vacant(place) => {
+                let pool = || StatePool::new(device, config, segments);
+                place.insert((pool()?, pool()?))
+            }
+        };
         start.clear();
         for (segment, lane) in batch.carried.iter().enumerate() {
             if let Some(lane) = lane {
@@ -101,19 +104,21 @@ impl Evaluator {
         for batch in evaluation.batches() {
             let pack = padded_pack(&batch)?;
             let key = (pack.tokens(), pack.segments());
-            if !self.plans.contains_key(&key) {
-                let shape = StepShape {
-                    tokens: key.0,
-                    segments: key.1,
-                    carry_state: true,
-                    gradients: false,
-                    accumulate: false,
-                    dropout: 0.0,
-                    recompute: Recompute::Nothing,
-                };
-                self.plans.insert(key, GradientPlan::new(device, config, shape)?);
-            }
-            let plan = &self.plans[&key];
+            let plan = match self.plans.entry(key) {
+                Entry::Occupied(plan) => plan.into_mut(),
+                Entry::Vacant(place) => {
+                    let shape = StepShape {
+                        tokens: key.0,
+                        segments: key.1,
+                        carry_state: true,
+                        gradients: false,
+                        accumulate: false,
+                        dropout: 0.0,
+                        recompute: Recompute::Nothing,
+                    };
+                    place.insert(GradientPlan::new(device, config, shape)?)
+                }
+            };
             grow(device, arena, plan)?;
             let states = self.lanes.start(device, config, &batch, pack.segments())?;
             let inputs = StepInputs {

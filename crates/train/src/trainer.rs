@@ -9,6 +9,7 @@ use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
 use hognose_core::ops::adamw::Hyper;
 use hognose_core::{Buffer, Device};
+use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
 
@@ -77,10 +78,10 @@ pub fn resume(
         return Err(Error::Resume { path: folder.into(), message });
     }
     // The second: a session with more steps that ended before its first checkpoint.
-    if config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed) {
+    let other_steps = config.steps != steps || (progress.schedule.steps != steps && !progress.decay_fixed);
+    if other_steps {
         progress.schedule = config.learning_rate();
         progress.decay_fixed = false;
-        atomic::write(&folder.join(CONFIG), config.to_toml()?.as_bytes())?;
     }
     let setup = Setup::new(&config, true)?;
     if setup.training.fingerprint() != progress.data {
@@ -90,6 +91,9 @@ pub fn resume(
     }
     let mut trainer = Trainer::new(config, setup, device, Some((&checkpoint, progress)))?;
     trainer.announce(observer)?;
+    if other_steps {
+        atomic::write(&folder.join(CONFIG), trainer.config.to_toml()?.as_bytes())?;
+    }
     trainer.run(&run, observer)
 }
 
@@ -136,8 +140,15 @@ impl Trainer {
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
         let weights = match (&from, setup.open_init()?) {
-            (Some((checkpoint, _)), _) => {
-                let checkpoint = hognose_model::checkpoint::Checkpoint::open(checkpoint)?;
+            (Some((path, _)), _) => {
+                let checkpoint = hognose_model::checkpoint::Checkpoint::open(path)?;
+                let shapes =
+                    |c: &ModelConfig| c.parameters().into_iter().map(|p| (p.name, p.shape)).collect::<Vec<_>>();
+                if shapes(&checkpoint.config) != shapes(&setup.model) {
+                    let message = "holds a model of other sizes than the run's config.toml describes; put that file \
+                                   back as it was";
+                    return Err(Error::Resume { path: path.into(), message: message.into() });
+                }
                 Weights::load(&device, &checkpoint, Form::Training)?
             }
             (None, Some(init)) => Weights::load(&device, &init, Form::Training)?,
@@ -263,7 +274,7 @@ impl Trainer {
             observer.step(&report);
             self.receive_baselines(&mut records, observer)?;
             let step = self.progress.step;
-            let due = |every: u64| every > 0 && step % every == 0;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
             if observer.interrupted() {
                 interrupted = true;
                 break;
