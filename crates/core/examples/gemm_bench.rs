@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use half::bf16;
 use hognose_core::cpu::gemm::{MatMut, MatRef, PackedBuffer, Start, gemm, gemm_serial};
-use hognose_core::cpu::{Cpu, IsaError, Kernel, Simd};
+use hognose_core::cpu::{Cpu, IsaError, ceiling};
 
 /// The fewest seconds a call took, over about `budget` seconds.
 fn fastest(budget: f64, mut f: impl FnMut()) -> f64 {
@@ -21,61 +21,6 @@ fn fastest(budget: f64, mut f: impl FnMut()) -> f64 {
         best = best.min(start.elapsed().as_secs_f64());
     }
     best
-}
-
-/// Multiply-adds on registers alone: returns their number.
-struct Peak;
-
-impl Kernel for Peak {
-    type Output = u64;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> u64 {
-        // Enough sums that no addition waits for another, few enough for the registers.
-        if S::REGISTERS >= 16 { multiply_add::<S, 12>(s) } else { multiply_add::<S, 6>(s) }
-    }
-}
-
-#[inline(always)]
-fn multiply_add<S: Simd, const SUMS: usize>(s: S) -> u64 {
-    const STEPS: u64 = 20_000;
-    let (a, b) = (s.splat(black_box(0.999_9)), s.splat(black_box(1e-4)));
-    let mut sums = [s.splat(1.0); SUMS];
-    for _ in 0..STEPS {
-        for sum in &mut sums {
-            *sum = s.fma(*sum, a, b);
-        }
-    }
-    for sum in sums {
-        black_box(s.reduce_add(sum));
-    }
-    STEPS * (SUMS * S::LANES) as u64
-}
-
-/// Reads memory with as many sums as it takes not to wait for additions.
-struct Read<'a>(&'a [f32]);
-
-impl Kernel for Read<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut sums = [s.zero(); 8];
-        for block in self.0.chunks_exact(8 * S::LANES) {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the block holds eight vectors.
-                *sum = s.add(*sum, unsafe { s.load(block.as_ptr().add(i * S::LANES)) });
-            }
-        }
-        for sum in sums {
-            black_box(s.reduce_add(sum));
-        }
-    }
-}
-
-/// Seconds for `f` on every thread at once.
-fn everywhere(cpu: &Cpu, f: impl Fn(usize) + Sync) -> f64 {
-    fastest(0.3, || cpu.pool.run(cpu.pool.threads(), &f))
 }
 
 fn values(n: usize) -> Vec<f32> {
@@ -154,12 +99,10 @@ fn streams(cpu: &Cpu) {
     for (n, k) in [(65_536, 1024), (3072, 768), (768, 1536)] {
         let memory = values(n * k);
         let bytes = (n * k * 4) as f64;
-        let piece = memory.len() / cpu.pool.threads();
-        let read = everywhere(cpu, |thread| cpu.isa.run(Read(&memory[thread * piece..][..piece])));
         let weights = PackedBuffer::<f32>::pack(&cpu.pool, cpu.isa, MatRef::new(&memory, n, k).t());
         let narrow = PackedBuffer::<bf16>::pack(&cpu.pool, cpu.isa, MatRef::new(&memory, n, k).t());
-        let half = everywhere(cpu, |thread| cpu.isa.run(Read(&memory[thread * piece / 2..][..piece / 2])));
-        print!("n {n:>6} k {k:>5}: read {:>6.1} (bf16's half: {:>6.1})", 1e-9 * bytes / read, 0.5e-9 * bytes / half);
+        let (wide, half) = (ceiling::read_rate(cpu, &memory), ceiling::read_rate(cpu, &memory[..memory.len() / 2]));
+        print!("n {n:>6} k {k:>5}: read {:>6.1} (bf16's half: {:>6.1})", 1e-9 * wide, 1e-9 * half);
         for m in [1, 2, 4, 8] {
             let (a, mut c) = (values(m * k), vec![0.0; m * n]);
             let a = MatRef::new(&a, m, k);
@@ -175,11 +118,7 @@ fn main() -> Result<(), IsaError> {
     let threads: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
     for threads in if threads.is_empty() { vec![1, 2] } else { threads } {
         let cpu = Cpu::new(Some(threads))?;
-        let operations = 2.0 * cpu.isa.run(Peak) as f64 * cpu.pool.threads() as f64;
-        let seconds = everywhere(&cpu, |_| {
-            cpu.isa.run(Peak);
-        });
-        let peak = 1e-9 * operations / seconds;
+        let peak = 1e-9 * ceiling::flops(&cpu);
         println!("\n{}, {} threads: peak {peak:.1} GFLOP/s", cpu.isa, cpu.pool.threads());
         products(&cpu, peak);
         if threads == 1 {

@@ -37,8 +37,12 @@ pub fn flops(cpu: &Cpu) -> f64 {
 
 /// Bytes a second that a plain loop reads from memory, on all threads.
 pub fn bandwidth(cpu: &Cpu) -> f64 {
+    read_rate(cpu, &vec![1f32; READ_BYTES / 4 * cpu.pool.threads()])
+}
+
+/// Bytes a second that a plain loop reads from these numbers, which may lie in a cache, on all threads.
+pub fn read_rate(cpu: &Cpu, memory: &[f32]) -> f64 {
     let threads = cpu.pool.threads();
-    let memory = vec![1f32; READ_BYTES / 4 * threads];
     let part = memory.len() / threads;
     let seconds = fastest(|| cpu.pool.run(threads, |i| cpu.isa.run(Read(&memory[i * part..(i + 1) * part]))));
     (part * threads * 4) as f64 / seconds

@@ -105,13 +105,17 @@ pub trait Op: Debug + Send + Sync {
     ///
     /// `d_outputs[i]` is the gradient of output `i`, `None` where nothing flows back; `wanted[j]` says whether the
     /// gradient of input `j` is asked for. Returns one gradient per input, `None` where there is none.
+    ///
+    /// By default there is none: ops that make gradients have no second derivatives.
     fn backward(
         &self,
-        graph: &mut Graph,
-        node: &Node,
-        d_outputs: &[Option<TensorId>],
-        wanted: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error>;
+        _graph: &mut Graph,
+        _node: &Node,
+        _d_outputs: &[Option<TensorId>],
+        _wanted: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        Err(Error::Unsupported { op: self.name(), message: "its gradient is not implemented".into() })
+    }
 
     /// The number that all elements of the op's output equal, if that is known while recording.
     fn constant(&self) -> Option<f32> {

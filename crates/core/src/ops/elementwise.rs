@@ -295,7 +295,7 @@ impl Op for Unary {
             // (−eˣ)' is the value itself.
             Unary::NegExp => mul(g, d, node.output(0))?,
             Unary::SiluGrad => {
-                let message = "second derivatives are not implemented".into();
+                let message = "its gradient is not implemented".into();
                 return Err(Error::Unsupported { op: self.name(), message });
             }
         })])
@@ -344,16 +344,6 @@ struct ColumnSums;
 impl Op for ColumnSums {
     fn name(&self) -> &'static str {
         "column_sums"
-    }
-
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "column_sums", message: "its gradient is not implemented".into() })
     }
 
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {

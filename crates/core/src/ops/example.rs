@@ -65,16 +65,6 @@ impl Op for SquaredReluGrad {
         "squared_relu_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
-    }
-
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         (3 * g.rows(node.input(0)) * g.cols(node.input(0))) as f64
     }

@@ -136,16 +136,6 @@ impl Op for LinearDx {
         "linear_dx"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
-    }
-
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         product_flops(g, node.input(0), g.cols(node.input(1)))
     }
@@ -163,16 +153,6 @@ struct LinearDw;
 impl Op for LinearDw {
     fn name(&self) -> &'static str {
         "linear_dw"
-    }
-
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
     }
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {

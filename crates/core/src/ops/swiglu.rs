@@ -74,16 +74,6 @@ impl Op for SwigluGrad {
         "swiglu_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "swiglu_grad", message: "second derivatives are not implemented".into() })
-    }
-
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         FLOPS * (g.rows(node.input(0)) * g.cols(node.input(0))) as f64 / 2.0
     }

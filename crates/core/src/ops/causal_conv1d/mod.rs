@@ -154,16 +154,6 @@ impl Op for Gradient {
         "causal_conv1d_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
-    }
-
     fn workspace(&self, g: &Graph, node: &Node, cpu: &Cpu) -> usize {
         cpu_grad::workspace(&self.forward, g.cols(node.input(X)), g.cols(node.input(SEGMENTS)) - 1, cpu)
     }

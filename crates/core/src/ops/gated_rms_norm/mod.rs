@@ -104,16 +104,6 @@ impl Op for Gradient {
         "gated_rms_norm_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "gated_rms_norm_grad", message: "second derivatives are not implemented".into() })
-    }
-
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {
         cpu::gradient_workspace(g.rows(node.input(0)), g.cols(node.input(0)))
     }

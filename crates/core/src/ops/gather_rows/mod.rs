@@ -90,16 +90,6 @@ impl Op for ScatterAdd {
         "scatter_add"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "scatter_add", message: "second derivatives are not implemented".into() })
-    }
-
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         (g.rows(node.input(0)) * g.cols(node.input(0))) as f64
     }

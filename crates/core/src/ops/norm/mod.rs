@@ -172,16 +172,6 @@ impl Op for NormGrad {
         }
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
-    }
-
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {
         let s = node.input(0);
         cpu_grad::workspace(g.rows(s), g.cols(s), node.outputs[1].is_some() || node.outputs[2].is_some())

@@ -243,16 +243,6 @@ impl Op for Gradient {
         "selective_scan_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: self.name(), message: "second derivatives are not implemented".into() })
-    }
-
     fn workspace(&self, g: &Graph, node: &Node, cpu: &Cpu) -> usize {
         let (x, segments) = (node.input(X), g.cols(node.input(SEGMENTS)) - 1);
         cpu_grad::Layout::new(&self.forward, g.rows(x), g.cols(x), segments, cpu).bytes()

@@ -284,16 +284,6 @@ impl Op for Gradient {
         "ssd_grad"
     }
 
-    fn backward(
-        &self,
-        _: &mut Graph,
-        _: &Node,
-        _: &[Option<TensorId>],
-        _: &[bool],
-    ) -> Result<Vec<Option<TensorId>>, Error> {
-        Err(Error::Unsupported { op: "ssd_grad", message: "second derivatives are not implemented".into() })
-    }
-
     fn workspace(&self, g: &Graph, node: &Node, cpu: &Cpu) -> usize {
         let segments = g.cols(node.input(inputs::SEGMENTS)) - 1;
         cpu_grad::workspace(&self.0, g.rows(node.input(inputs::X)), segments, cpu)
