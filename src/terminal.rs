@@ -1,5 +1,6 @@
 //! What a person sees on the terminal: progress bars and numbers in words. All of it goes to stderr.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -28,6 +29,15 @@ pub fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     bar.set_style(style.progress_chars("━╸─"));
     bar
+}
+
+/// A path as a shell takes it.
+pub fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.chars().all(|c| c.is_alphanumeric() || "/._-+=:@%,".contains(c)) {
+        return text;
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// `2m 05s`, `1h 02m`, `12s`.
@@ -72,5 +82,11 @@ mod tests {
         assert_eq!([7, 1000, 1_364_035].map(thousands), ["7", "1,000", "1,364,035"]);
         assert_eq!(si(2.34e9, "FLOP/s"), "2.3 GFLOP/s");
         assert_eq!(si(12.0, "B"), "12.0 B");
+    }
+
+    #[test]
+    fn paths_for_a_shell() {
+        let words = ["runs/tiny-2", "runs/ünï", "my runs/a", "it's"].map(|p| quoted(Path::new(p)));
+        assert_eq!(words, ["runs/tiny-2", "runs/ünï", "'my runs/a'", r"'it'\''s'"]);
     }
 }

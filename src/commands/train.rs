@@ -131,7 +131,7 @@ impl Watcher {
         let folder = outcome.folder.display();
         if outcome.interrupted {
             eprintln!("\nstopped after {} of {} steps; go on with", outcome.step, outcome.steps);
-            eprintln!("  hognose train --resume {folder}");
+            eprintln!("  hognose train --resume {}", terminal::quoted(&outcome.folder));
             return Ok(());
         }
         eprintln!("\ndone: {} steps in {}", thousands(outcome.step), duration(outcome.elapsed));
@@ -155,7 +155,7 @@ impl Watcher {
 
 /// The command to type next. Run through cargo, the program is not on the path.
 fn generate_command(folder: &Path) -> String {
-    let arguments = format!("generate --model {} --prompt \"Call me \"", folder.display());
+    let arguments = format!("generate --model {} --prompt \"Call me \"", terminal::quoted(folder));
     if std::env::var_os("CARGO").is_some() {
         format!("cargo run --release -- {arguments}")
     } else {

@@ -10,6 +10,8 @@ use super::{Cpu, Kernel, Simd};
 const BUDGET: f64 = 0.12;
 /// Bytes that each thread reads: far more than its caches hold.
 const READ_BYTES: usize = 96 << 20;
+/// Bytes that all threads together read at most: more than the last cache of any machine holds.
+const MOST_BYTES: usize = 2 << 30;
 
 /// The machine's ceilings with all threads of a [`Cpu`] at its level of instructions.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +39,7 @@ pub fn flops(cpu: &Cpu) -> f64 {
 
 /// Bytes a second that a plain loop reads from memory, on all threads.
 pub fn bandwidth(cpu: &Cpu) -> f64 {
-    read_rate(cpu, &vec![1f32; READ_BYTES / 4 * cpu.pool.threads()])
+    read_rate(cpu, &vec![1f32; (READ_BYTES * cpu.pool.threads()).min(MOST_BYTES) / 4])
 }
 
 /// Bytes a second that a plain loop reads from these numbers, which may lie in a cache, on all threads.
