@@ -46,6 +46,9 @@ pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
         eprintln!("warning: one token predicts nothing, so the loss is NaN");
     }
     let loss = (nats / predicted as f64) as f32;
+    if logits.iter().any(|v| !v.is_finite()) {
+        eprintln!("warning: the logits are not all finite; the checkpoint may be damaged");
+    }
 
     let mut out = vec![
         ("logits".to_string(), vec![ids.batch, ids.length, vocabulary], logits),

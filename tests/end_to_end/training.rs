@@ -341,6 +341,13 @@ fn numbers_that_go_astray_stop_the_run() {
     let words = ["step 2: the loss is not finite", "backbone.", "last good checkpoint is", "step-00000001"];
     fails(1, &args.iter().map(String::as_str).collect::<Vec<_>>(), &words);
     assert_eq!(latest(&tiny.path("run")), "step-00000001");
+    // Its numbers are finite, what they lead to is not; nobody is left to find that out alone.
+    let model = tiny.path("run") + "/checkpoints/step-00000001";
+    fails(1, &["generate", "--model", &model, "--prompt", "a"], &["not finite", "damaged"]);
+    let [ids, out] = ["ids", "out"].map(|n| tiny.path(n));
+    write_ids(Path::new(&ids), &[1, 3], &[1, 2, 3]);
+    let forward = hognose(&["forward", "--model", &model, "--ids", &ids, "--out", &out]);
+    assert!(forward.code == 0 && forward.stderr.contains("not all finite"), "{}", forward.stderr);
 }
 
 #[test]
