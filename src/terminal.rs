@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Lets Ctrl-C ask for an orderly end; a second one ends the program at once.
+/// Lets Ctrl-C (and a request to terminate, as a scheduler sends it) ask for an orderly end; a second one ends the program
+/// at once.
 pub fn catch_interrupts() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {

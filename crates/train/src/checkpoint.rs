@@ -89,22 +89,22 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
+    /// Refuses a folder in which there is something.
+    pub fn check_free(path: &Path) -> Result<(), Error> {
+        let mut entries = fs::read_dir(path).into_iter().flatten().flatten();
+        if path.is_file() || entries.any(|e| e.file_name() != LOCK) {
+            return Err(Error::RunExists { path: path.into() });
+        }
+        Ok(())
+    }
+
     /// A new folder, which must not exist or be empty.
     pub fn create(path: &Path) -> Result<RunFolder, Error> {
-        let taken = || {
-            let mut entries = fs::read_dir(path).into_iter().flatten().flatten();
-            path.is_file() || entries.any(|e| e.file_name() != LOCK)
-        };
-        let exists = || Error::RunExists { path: path.into() };
-        if taken() {
-            return Err(exists());
-        }
+        RunFolder::check_free(path)?;
         fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
         let run = RunFolder { path: path.into(), _lock: None }.lock()?;
         // Another process may have been faster, and be done already.
-        if taken() {
-            return Err(exists());
-        }
+        RunFolder::check_free(path)?;
         fs::create_dir_all(path.join(CHECKPOINTS)).map_err(|e| Error::io(path, e))?;
         Ok(run)
     }

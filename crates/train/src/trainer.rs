@@ -42,6 +42,10 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<Option<Outcome>, Error> {
     let config = config.resolve()?;
+    if !plan_only {
+        // Said now rather than after the text was read and the plan made; `create` says it for certain.
+        RunFolder::check_free(folder)?;
+    }
     let setup = Setup::new(&config, !plan_only)?;
     let mut trainer = Trainer::new(config, setup, device, None)?;
     trainer.announce(observer)?;
@@ -263,7 +267,7 @@ impl Trainer {
     }
 
     fn run(&mut self, run: &RunFolder, observer: &mut dyn Observer) -> Result<Outcome, Error> {
-        let mut records = Records::open(run.path(), self.progress.step)?;
+        let mut records = Records::open(run.path(), self.progress.step, self.config.tokens_per_step())?;
         if let Some((training, held_out)) = self.setup.documents.take() {
             self.baselines = (!held_out.is_empty()).then(|| compress(training, held_out));
         }

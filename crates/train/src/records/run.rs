@@ -21,14 +21,21 @@ pub struct Records {
 }
 
 impl Records {
-    /// Opens the records of a run that has done `step` steps: what a broken-off session wrote past them goes.
-    pub fn open(folder: &Path, step: u64) -> Result<Records, RecordError> {
+    /// Opens the records of a run that has done `step` steps of `step_tokens` tokens: what a broken-off session wrote past
+    /// them goes.
+    pub fn open(folder: &Path, step: u64, step_tokens: u64) -> Result<Records, RecordError> {
         let path = folder.join(METRICS);
         let (log, resumed) =
             if step == 0 { (MetricsLog::create(&path)?, None) } else { (MetricsLog::resume(&path, step)?, Some(step)) };
         let events = EventWriter::create(folder, resumed)?;
         let baselines = std::fs::read(folder.join(BASELINES)).ok().and_then(|t| serde_json::from_slice(&t).ok());
-        Ok(Records { folder: folder.into(), log, events, baselines, last: Metrics { step, ..Metrics::default() } })
+        Ok(Records {
+            folder: folder.into(),
+            log,
+            events,
+            baselines,
+            last: Metrics { step, tokens: step * step_tokens, ..Metrics::default() },
+        })
     }
 
     /// Records a step.
