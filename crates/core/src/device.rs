@@ -263,22 +263,11 @@ impl Device {
     /// [`Error::Plan`] and [`Error::Binding`]: another number of bindings than of externals, an arena or a
     /// binding that is too small, memory that overlaps.
     pub fn run(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
-        self.run_observed(plan, arena, bindings, None)
-    }
-
-    /// As [`Device::run`], telling `observe` each op's name and seconds.
-    pub fn run_observed(
-        &self,
-        plan: &Plan,
-        arena: &Buffer,
-        bindings: &[Slice<'_>],
-        observe: Option<&mut dyn FnMut(&'static str, f64)>,
-    ) -> Result<(), Error> {
         let Device::Cpu(cpu) = self;
         let externals = check_bindings(plan, arena, bindings)?;
         // SAFETY: `check_bindings` has seen that every external fits its memory, that none overlaps another and that
         // the arena is large enough; buffers are not Sync, so no other thread touches them meanwhile.
-        unsafe { plan.run_cpu(cpu, arena.ptr.as_ptr(), &externals, observe) };
+        unsafe { plan.run_cpu(cpu, arena.ptr.as_ptr(), &externals) };
         Ok(())
     }
 }

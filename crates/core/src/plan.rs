@@ -93,11 +93,6 @@ impl Plan {
         }
     }
 
-    /// Number of ops that run.
-    pub fn steps(&self) -> usize {
-        self.order.len()
-    }
-
     /// Work and traffic of one run.
     pub fn cost(&self) -> Cost {
         let mut sum = Cost::default();
@@ -107,30 +102,12 @@ impl Plan {
         sum
     }
 
-    /// Work and traffic by op name, largest work first.
-    pub fn costs(&self) -> Vec<(&'static str, Cost)> {
-        let mut sums: HashMap<&'static str, Cost> = HashMap::new();
-        for &i in &self.order {
-            let node = &self.graph.nodes[i];
-            *sums.entry(node.op.name()).or_default() += self.graph.cost(node);
-        }
-        let mut sums: Vec<_> = sums.into_iter().collect();
-        sums.sort_by(|a, b| b.1.flops.total_cmp(&a.1.flops).then(a.0.cmp(b.0)));
-        sums
-    }
-
     /// Runs every op on the CPU. `externals[i]` is the memory bound to external `i`; `arena` has at least
-    /// [`Plan::arena_bytes`] bytes. `observe` is told each op's name and seconds.
+    /// [`Plan::arena_bytes`] bytes.
     ///
     /// # Safety
     /// Every external is valid memory of its tensor's size, and no two of them overlap.
-    pub(crate) unsafe fn run_cpu(
-        &self,
-        cpu: &Cpu,
-        arena: *mut u8,
-        externals: &[*mut u8],
-        mut observe: Option<&mut dyn FnMut(&'static str, f64)>,
-    ) {
+    pub(crate) unsafe fn run_cpu(&self, cpu: &Cpu, arena: *mut u8, externals: &[*mut u8]) {
         let mut inputs = Vec::new();
         let mut outputs = Vec::new();
         for (&i, &(offset, bytes)) in self.order.iter().zip(&self.scratch) {
@@ -145,11 +122,7 @@ impl Plan {
             outputs.extend(node.outputs.iter().map(|t| t.filter(read).map(|t| self.mat(t, arena, externals))));
             let workspace = (arena.wrapping_add(offset), bytes);
             let io = Io { name: node.op.name(), inputs: &inputs, outputs: &outputs, workspace };
-            let start = observe.is_some().then(std::time::Instant::now);
             node.op.run_cpu(&io, cpu);
-            if let (Some(observe), Some(start)) = (observe.as_mut(), start) {
-                observe(node.op.name(), start.elapsed().as_secs_f64());
-            }
         }
     }
 

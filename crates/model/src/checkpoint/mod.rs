@@ -25,7 +25,6 @@ pub use tensor::Dtype;
 pub use write::{SaveTensor, TensorData, convert, save};
 
 use crate::config::{LayerConfig, ModelConfig};
-use half::bf16;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
@@ -203,26 +202,6 @@ impl Checkpoint {
     pub fn read_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), CheckpointError> {
         let stored = self.stored_of_length(name, out.len())?;
         stored.read_f32(out).map_err(|e| self.value_error(name, e))
-    }
-
-    /// A tensor as bf16, row-major, rounded to nearest even where the file is wider, into memory of exactly its size.
-    ///
-    /// # Errors
-    /// An unknown name, memory of another size, or damaged numbers (a number too large for bf16 among them).
-    pub fn read_bf16_into(&self, name: &str, out: &mut [bf16]) -> Result<(), CheckpointError> {
-        let stored = self.stored_of_length(name, out.len())?;
-        stored.read_bf16(out).map_err(|e| self.value_error(name, e))
-    }
-
-    /// Reads every tensor and checks its numbers.
-    ///
-    /// # Errors
-    /// The first tensor with damaged numbers.
-    pub fn verify(&self) -> Result<(), CheckpointError> {
-        for (info, stored) in self.infos.iter().zip(&self.stored) {
-            stored.check().map_err(|e| self.value_error(&info.name, e))?;
-        }
-        Ok(())
     }
 
     fn stored(&self, name: &str) -> Result<&Stored, CheckpointError> {

@@ -137,22 +137,6 @@ impl Stored {
         }
         finite(out.iter().copied())
     }
-
-    /// Writes the numbers as bf16, rounded to nearest even where they are wider.
-    pub(super) fn read_bf16(&self, out: &mut [bf16]) -> Result<(), ValueError> {
-        let bytes = self.bytes()?;
-        match self.dtype {
-            Dtype::F32 => convert(&bytes, out, |b| bf16::from_f32(f32::from_le_bytes(b))),
-            Dtype::F16 => convert(&bytes, out, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-            Dtype::BF16 => convert(&bytes, out, bf16::from_le_bytes),
-        }
-        finite(out.iter().map(|x| x.to_f32()))
-    }
-
-    /// Checks that every number is finite, without converting the tensor.
-    pub(super) fn check(&self) -> Result<(), ValueError> {
-        check_finite(self.dtype, &self.bytes()?)
-    }
 }
 
 /// Checks that little-endian numbers of a type are all finite.

@@ -183,11 +183,6 @@ impl<'a> MatMut<'a> {
         MatMut { ptr, rows, cols, row_stride, life: PhantomData }
     }
 
-    /// The same matrix, borrowed for a shorter time.
-    pub fn reborrow(&mut self) -> MatMut<'_> {
-        MatMut { ptr: self.ptr, rows: self.rows, cols: self.cols, row_stride: self.row_stride, life: PhantomData }
-    }
-
     /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
