@@ -1,6 +1,7 @@
-//! Devices and their memory. A CPU now; CUDA will be a second variant, so nothing above needs to be generic.
+//! Devices and their memory: the CPU or an NVIDIA GPU. A device is a value, so nothing above needs to be generic.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -10,10 +11,12 @@ use half::bf16;
 
 use crate::cpu::ceiling::Ceiling;
 use crate::cpu::{Cpu, gemm};
+use crate::cuda::Cuda;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, human_bytes};
 use crate::graph::Layout as MatrixLayout;
-use crate::plan::Plan;
+use crate::graph::TensorId;
+use crate::plan::{Plan, Target};
 
 /// Alignment of buffers in bytes: a page, so that large ones start on one.
 const BUFFER_ALIGNMENT: usize = 4096;
@@ -26,14 +29,21 @@ const LARGE: usize = 64 << 20;
 pub enum Device {
     /// The threads and the instruction set of this machine's CPU.
     Cpu(Arc<Cpu>),
+    /// An NVIDIA GPU.
+    Cuda(Arc<Cuda>),
 }
 
 /// Memory on a device, zero at first. Contents are copied in and out; no reference to them is handed out, so plans
 /// may read and write them through a shared `&Buffer`. It can move to another thread but not be shared between two.
+///
+/// On a GPU writes are enqueued behind the work before them and reads wait for it. What goes wrong in a copy is an
+/// error of the next [`Device::run`] or [`Device::synchronize`].
 #[derive(Debug)]
 pub struct Buffer {
     ptr: NonNull<u8>,
     bytes: usize,
+    /// The GPU whose memory it is.
+    cuda: Option<Arc<Cuda>>,
     not_sync: PhantomData<Cell<u8>>,
 }
 
@@ -42,9 +52,11 @@ unsafe impl Send for Buffer {}
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.bytes > 0 {
-            // SAFETY: allocated by `Buffer::new` with this layout.
-            unsafe { dealloc(self.ptr.as_ptr(), layout(self.bytes)) }
+        match &self.cuda {
+            Some(cuda) => cuda.free(self.address()),
+            // SAFETY: allocated by `Buffer::host` with this layout.
+            None if self.bytes > 0 => unsafe { dealloc(self.ptr.as_ptr(), layout(self.bytes)) },
+            None => {}
         }
     }
 }
@@ -54,7 +66,7 @@ fn layout(bytes: usize) -> Layout {
 }
 
 impl Buffer {
-    fn new(bytes: usize) -> Result<Buffer, Error> {
+    fn host(bytes: usize) -> Result<Buffer, Error> {
         let ptr = if bytes == 0 {
             NonNull::<u64>::dangling().cast()
         } else {
@@ -64,7 +76,17 @@ impl Buffer {
             // SAFETY: the layout has a size above zero.
             NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?
         };
-        Ok(Buffer { ptr, bytes, not_sync: PhantomData })
+        Ok(Buffer { ptr, bytes, cuda: None, not_sync: PhantomData })
+    }
+
+    fn device(cuda: &Arc<Cuda>, bytes: usize) -> Result<Buffer, Error> {
+        let ptr =
+            NonNull::new(cuda.alloc(bytes)? as *mut u8).ok_or_else(|| Error::Cuda("memory at address 0".into()))?;
+        Ok(Buffer { ptr, bytes, cuda: Some(cuda.clone()), not_sync: PhantomData })
+    }
+
+    fn address(&self) -> u64 {
+        self.ptr.as_ptr() as u64
     }
 
     /// Size in bytes.
@@ -92,15 +114,31 @@ impl Buffer {
     pub fn write_bytes(&self, offset: usize, from: &[u8]) {
         assert!(offset.checked_add(from.len()).is_some_and(|end| end <= self.bytes), "write past the end of a buffer");
         // SAFETY: the range lies inside the buffer, and nobody else reads or writes it now (the buffer is not Sync).
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr().add(offset), from.len()) }
+        unsafe {
+            match &self.cuda {
+                Some(cuda) => cuda.write(self.address() + offset as u64, from),
+                None => std::ptr::copy_nonoverlapping(from.as_ptr(), self.ptr.as_ptr().add(offset), from.len()),
+            }
+        }
     }
 
     /// Copies `out.len()` elements out, starting at byte `offset`. Panics if there are fewer.
     pub fn read<T: Element>(&self, offset: usize, out: &mut [T]) {
-        let bytes = size_of_val(out);
-        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "read past the end of a buffer");
-        // SAFETY: the range lies inside the buffer, any bytes are a valid T, and nobody writes them now.
-        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr().add(offset), out.as_mut_ptr().cast(), bytes) }
+        // SAFETY: any bytes are a valid T.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), size_of_val(out)) };
+        self.read_bytes(offset, bytes);
+    }
+
+    /// Copies bytes out, starting at byte `offset`. Panics if there are fewer.
+    pub fn read_bytes(&self, offset: usize, out: &mut [u8]) {
+        assert!(offset.checked_add(out.len()).is_some_and(|end| end <= self.bytes), "read past the end of a buffer");
+        // SAFETY: the range lies inside the buffer, and nobody writes it now.
+        unsafe {
+            match &self.cuda {
+                Some(cuda) => cuda.read(self.address() + offset as u64, out),
+                None => std::ptr::copy_nonoverlapping(self.ptr.as_ptr().add(offset), out.as_mut_ptr(), out.len()),
+            }
+        }
     }
 
     /// `len` elements from byte `offset` on.
@@ -110,30 +148,39 @@ impl Buffer {
         out
     }
 
-    /// `len` elements from byte `offset` on, without a copy. Panics if there are fewer, or the offset is not aligned.
-    pub fn as_slice<T: Element>(&mut self, offset: usize, len: usize) -> &[T] {
-        self.elements_mut(offset, len)
+    /// `len` elements from byte `offset` on: borrowed on a CPU, copied from a GPU. Panics if there are fewer, or the
+    /// offset is not aligned.
+    pub fn contents<T: Element>(&mut self, offset: usize, len: usize) -> Cow<'_, [T]> {
+        match self.cuda {
+            Some(_) => Cow::Owned(self.to_vec(offset, len)),
+            None => Cow::Borrowed(self.elements_mut(offset, len)),
+        }
     }
 
     /// Sets every byte to zero.
     pub fn clear(&self) {
-        // SAFETY: the whole buffer is ours, and nobody else uses it now.
-        unsafe { std::ptr::write_bytes(self.ptr.as_ptr(), 0, self.bytes) }
+        self.fill(0);
     }
 
-    /// `len` elements from byte `offset` on, to fill in place.
+    /// Sets every byte to `byte`.
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: the whole buffer is ours, and nobody else uses it now.
+        unsafe {
+            match &self.cuda {
+                Some(cuda) => cuda.fill(self.address(), byte, self.bytes),
+                None => std::ptr::write_bytes(self.ptr.as_ptr(), byte, self.bytes),
+            }
+        }
+    }
+
+    /// `len` elements of a CPU's buffer from byte `offset` on, to fill in place.
     fn elements_mut<T: Element>(&mut self, offset: usize, len: usize) -> &mut [T] {
         let end = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(offset));
         assert!(end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(align_of::<T>()));
+        assert!(self.cuda.is_none(), "device memory cannot be borrowed");
         // SAFETY: the range lies inside the buffer and is aligned, any bytes are a valid T, and `&mut self` makes the
         // borrow exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(offset).cast(), len) }
-    }
-
-    /// The bytes, for code that fills them in place.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the buffer owns these bytes, and `&mut self` makes the borrow exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.bytes) }
     }
 }
 
@@ -155,6 +202,14 @@ impl Device {
         Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
     }
 
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: a library that is missing, no such GPU.
+    pub fn cuda(ordinal: usize) -> Result<Device, Error> {
+        Ok(Device::Cuda(Arc::new(Cuda::open(ordinal)?)))
+    }
+
     /// Zeroed memory on the device. Refuses more than is free, instead of running into the system's limit later.
     ///
     /// # Errors
@@ -164,7 +219,8 @@ impl Device {
             self.require(bytes as u64)?;
         }
         match self {
-            Device::Cpu(_) => Buffer::new(bytes),
+            Device::Cpu(_) => Buffer::host(bytes),
+            Device::Cuda(cuda) => Buffer::device(cuda, bytes),
         }
     }
 
@@ -181,6 +237,7 @@ impl Device {
     pub fn measure_ceiling(&self) -> Ceiling {
         match self {
             Device::Cpu(cpu) => Ceiling::measure(cpu),
+            Device::Cuda(cuda) => cuda.measure_ceiling(),
         }
     }
 
@@ -188,15 +245,34 @@ impl Device {
     pub fn describe(&self) -> String {
         match self {
             Device::Cpu(cpu) => format!("cpu, {} threads, {}", cpu.pool.threads(), cpu.isa),
+            Device::Cuda(cuda) => format!("cuda, {}", cuda.properties().name),
+        }
+    }
+
+    /// How matrices of weights lie in memory for inference.
+    pub fn weight_layout(&self) -> MatrixLayout {
+        match self {
+            Device::Cpu(_) => MatrixLayout::Panels,
+            Device::Cuda(_) => MatrixLayout::Rows,
+        }
+    }
+
+    /// Waits until everything that was enqueued is done.
+    ///
+    /// # Errors
+    /// What went wrong on a GPU since the last wait.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => cuda.synchronize(),
         }
     }
 
     /// Bytes of a matrix `[rows, cols]` in this type and layout.
     pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
-        let Device::Cpu(cpu) = self;
-        let elements = match layout {
-            MatrixLayout::Rows => rows * cols,
-            MatrixLayout::Panels => gemm::packed_len(cpu.isa, cols, rows),
+        let elements = match (layout, self) {
+            (MatrixLayout::Panels, Device::Cpu(cpu)) => gemm::packed_len(cpu.isa, cols, rows),
+            _ => rows * cols,
         };
         elements * dtype.size()
     }
@@ -213,21 +289,20 @@ impl Device {
         (rows, cols): (usize, usize),
         values: &[f32],
     ) {
-        let Device::Cpu(cpu) = self;
         let bytes = self.matrix_bytes(dtype, layout, rows, cols);
         let weight = gemm::MatRef::new(values, rows, cols).t();
-        match (layout, dtype) {
-            (MatrixLayout::Panels, DType::BF16) => {
+        match (layout, dtype, self) {
+            (MatrixLayout::Panels, DType::BF16, Device::Cpu(cpu)) => {
                 gemm::pack_into::<f32, bf16>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 2));
             }
-            (MatrixLayout::Panels, _) => {
+            (MatrixLayout::Panels, _, Device::Cpu(cpu)) => {
                 gemm::pack_into::<f32, f32>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 4));
             }
-            (MatrixLayout::Rows, DType::BF16) => {
+            (_, DType::BF16, _) => {
                 let narrow: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
                 buffer.write(offset, &narrow);
             }
-            (MatrixLayout::Rows, _) => buffer.write(offset, values),
+            _ => buffer.write(offset, values),
         }
     }
 
@@ -235,6 +310,7 @@ impl Device {
     pub fn available_memory(&self) -> u64 {
         match self {
             Device::Cpu(_) => available_memory(),
+            Device::Cuda(cuda) => cuda.available_memory(),
         }
     }
 
@@ -244,8 +320,15 @@ impl Device {
     /// A graph that reads an external's old value after a new one was stored over it.
     pub fn plan(&self, graph: crate::Graph) -> Result<Plan, Error> {
         match self {
-            Device::Cpu(cpu) => Plan::new(graph, cpu),
+            Device::Cpu(cpu) => Plan::new(graph, Target::Cpu(cpu)),
+            Device::Cuda(cuda) => Plan::new(graph, Target::Cuda(cuda.properties())),
         }
+    }
+
+    /// Bytes that the memory bound to an external tensor of a plan must have.
+    pub fn external_bytes(&self, plan: &Plan, t: TensorId) -> usize {
+        let tensor = plan.graph().tensor(t);
+        self.matrix_bytes(tensor.dtype, tensor.layout, tensor.rows, tensor.cols)
     }
 
     /// Memory for a plan's intermediate tensors. Refuses what the machine cannot hold, before anything runs.
@@ -263,47 +346,62 @@ impl Device {
     /// [`Error::Plan`] and [`Error::Binding`]: another number of bindings than of externals, an arena or a
     /// binding that is too small, memory that overlaps.
     pub fn run(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
-        let Device::Cpu(cpu) = self;
-        let externals = check_bindings(plan, arena, bindings)?;
+        let externals = self.check_bindings(plan, arena, bindings)?;
         // SAFETY: `check_bindings` has seen that every external fits its memory, that none overlaps another and that
         // the arena is large enough; buffers are not Sync, so no other thread touches them meanwhile.
-        unsafe { plan.run_cpu(cpu, arena.ptr.as_ptr(), &externals) };
+        match self {
+            Device::Cpu(cpu) => unsafe { plan.run_cpu(cpu, arena.ptr.as_ptr(), &externals) },
+            Device::Cuda(cuda) => cuda.run(plan, arena.ptr.as_ptr(), &externals)?,
+        }
         Ok(())
     }
-}
 
-/// Addresses of the bound externals, after checking sizes and overlaps.
-fn check_bindings(plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<Vec<*mut u8>, Error> {
-    let externals = plan.graph().externals();
-    if externals.len() != bindings.len() {
-        return Err(Error::Plan(format!("{} externals, but {} bindings", externals.len(), bindings.len())));
-    }
-    if arena.bytes < plan.arena_bytes() {
-        return Err(Error::Plan(format!("the arena has {} bytes of {}", arena.bytes, plan.arena_bytes())));
-    }
-    let mut ranges = Vec::with_capacity(bindings.len() + 1);
-    ranges.push((arena.ptr.as_ptr() as usize, arena.bytes, "the arena"));
-    for (external, slice) in externals.iter().zip(bindings) {
-        let bytes = plan.external_bytes(external.tensor);
-        if slice.offset.checked_add(bytes).is_none_or(|end| end > slice.buffer.bytes) || slice.offset % 4 != 0 {
-            let message = format!(
-                "needs {bytes} bytes from byte {} of a buffer of {} bytes, aligned to 4",
-                slice.offset, slice.buffer.bytes
-            );
-            return Err(Error::Binding { name: external.name.clone(), message });
-        }
-        if bytes > 0 {
-            ranges.push((slice.buffer.ptr.as_ptr() as usize + slice.offset, bytes, external.name.as_str()));
+    /// Whether memory belongs to this device.
+    fn owns(&self, buffer: &Buffer) -> bool {
+        match (self, &buffer.cuda) {
+            (Device::Cpu(_), None) => true,
+            (Device::Cuda(own), Some(other)) => Arc::ptr_eq(own, other),
+            _ => false,
         }
     }
-    ranges.sort_unstable();
-    for pair in ranges.windows(2) {
-        if pair[0].0 + pair[0].1 > pair[1].0 {
-            let message = format!("overlaps the memory of {}", pair[0].2);
-            return Err(Error::Binding { name: pair[1].2.to_string(), message });
+
+    /// Addresses of the bound externals, after checking sizes and overlaps.
+    fn check_bindings(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<Vec<*mut u8>, Error> {
+        let externals = plan.graph().externals();
+        if externals.len() != bindings.len() {
+            return Err(Error::Plan(format!("{} externals, but {} bindings", externals.len(), bindings.len())));
         }
+        if arena.bytes < plan.arena_bytes() {
+            return Err(Error::Plan(format!("the arena has {} bytes of {}", arena.bytes, plan.arena_bytes())));
+        }
+        let mut ranges = Vec::with_capacity(bindings.len() + 1);
+        ranges.push((arena.ptr.as_ptr() as usize, arena.bytes, "the arena"));
+        for (external, slice) in externals.iter().zip(bindings) {
+            if !self.owns(slice.buffer) {
+                let message = "its memory belongs to another device".to_string();
+                return Err(Error::Binding { name: external.name.clone(), message });
+            }
+            let bytes = self.external_bytes(plan, external.tensor);
+            if slice.offset.checked_add(bytes).is_none_or(|end| end > slice.buffer.bytes) || slice.offset % 4 != 0 {
+                let message = format!(
+                    "needs {bytes} bytes from byte {} of a buffer of {} bytes, aligned to 4",
+                    slice.offset, slice.buffer.bytes
+                );
+                return Err(Error::Binding { name: external.name.clone(), message });
+            }
+            if bytes > 0 {
+                ranges.push((slice.buffer.ptr.as_ptr() as usize + slice.offset, bytes, external.name.as_str()));
+            }
+        }
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            if pair[0].0 + pair[0].1 > pair[1].0 {
+                let message = format!("overlaps the memory of {}", pair[0].2);
+                return Err(Error::Binding { name: pair[1].2.to_string(), message });
+            }
+        }
+        Ok(bindings.iter().map(|s| s.buffer.ptr.as_ptr().wrapping_add(s.offset)).collect())
     }
-    Ok(bindings.iter().map(|s| s.buffer.ptr.as_ptr().wrapping_add(s.offset)).collect())
 }
 
 /// Memory that new allocations can use without swapping: `MemAvailable` on Linux, elsewhere no limit is known.

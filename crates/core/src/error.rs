@@ -28,6 +28,9 @@ pub enum Error {
         "not enough memory: {needed} are needed, {available} are available; a shorter --length, a smaller --batch or more recomputation lowers the need"
     )]
     Memory { needed: String, available: String },
+    /// What a GPU, its driver or its libraries refuse.
+    #[error("CUDA: {0}")]
+    Cuda(String),
     /// The instruction set that was asked for is not there.
     #[error(transparent)]
     Isa(#[from] crate::cpu::isa::IsaError),

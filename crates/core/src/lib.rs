@@ -5,6 +5,7 @@
 //! without batch dimension and without padding. See `ARCHITECTURE.md` at the root of the repository.
 
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod dtype;
 pub mod error;

@@ -4,10 +4,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::cpu::isa::Isa;
-use crate::cpu::{Cpu, gemm};
+use crate::cpu::Cpu;
+use crate::cuda::replay::Captured;
+use crate::cuda::{Launcher, Properties, Variant};
+use crate::dtype::DType;
 use crate::error::Error;
-use crate::graph::{Cost, Graph, Io, Layout, Mat, Node, Place, TensorId};
+use crate::graph::{Cost, Graph, Io, Mat, Node, Place, TensorId};
 
 /// Alignment of every tensor in the arena, in bytes: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
@@ -26,7 +28,15 @@ pub struct Plan {
     unread: HashSet<TensorId>,
     arena_bytes: usize,
     sum_bytes: usize,
-    isa: Isa,
+    /// Runs on a GPU that can be replayed.
+    captured: Captured,
+}
+
+/// What a plan's scratch memory is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Target<'a> {
+    Cpu(&'a Cpu),
+    Cuda(&'a Properties),
 }
 
 /// A block of memory with the first and last step that needs it.
@@ -38,9 +48,12 @@ struct Block {
 
 impl Plan {
     /// Drops ops whose results nobody reads, then places every tensor and every op's scratch memory.
-    pub fn new(graph: Graph, cpu: &Cpu) -> Result<Plan, Error> {
+    pub(crate) fn new(graph: Graph, target: Target<'_>) -> Result<Plan, Error> {
         let order = live_nodes(&graph);
         check_stores(&graph, &order)?;
+        if matches!(target, Target::Cpu(_)) {
+            check_types(&graph, &order)?;
+        }
         let unread = unread_outputs(&graph, &order);
         let mut blocks: Vec<Block> = Vec::new();
         let mut block_of: HashMap<TensorId, usize> = HashMap::new();
@@ -58,7 +71,10 @@ impl Plan {
                 });
                 blocks[block].last = step;
             }
-            let bytes = round_up(node.op.workspace(&graph, node, cpu));
+            let bytes = round_up(match target {
+                Target::Cpu(cpu) => node.op.workspace(&graph, node, cpu),
+                Target::Cuda(gpu) => node.op.workspace_cuda(&graph, node, gpu),
+            });
             scratch_blocks.push(blocks.len());
             blocks.push(Block { bytes, first: step, last: step });
         }
@@ -66,7 +82,7 @@ impl Plan {
         let offsets = block_of.into_iter().map(|(t, b)| (t, placed[b])).collect();
         let scratch = scratch_blocks.into_iter().map(|b| (placed[b], blocks[b].bytes)).collect();
         let sum_bytes = blocks.iter().map(|b| b.bytes).sum();
-        Ok(Plan { graph, order, offsets, scratch, unread, arena_bytes, sum_bytes, isa: cpu.isa })
+        Ok(Plan { graph, order, offsets, scratch, unread, arena_bytes, sum_bytes, captured: Captured::default() })
     }
 
     /// Bytes of the arena: the peak of all intermediate tensors and scratch memory.
@@ -79,18 +95,13 @@ impl Plan {
         self.sum_bytes
     }
 
+    pub(crate) fn captured(&self) -> &Captured {
+        &self.captured
+    }
+
     /// The graph that was planned.
     pub fn graph(&self) -> &Graph {
         &self.graph
-    }
-
-    /// Bytes that the memory bound to an external tensor must have.
-    pub fn external_bytes(&self, t: TensorId) -> usize {
-        let tensor = self.graph.tensor(t);
-        match tensor.layout {
-            Layout::Rows => tensor.bytes(),
-            Layout::Panels => gemm::packed_len(self.isa, tensor.cols, tensor.rows) * tensor.dtype.size(),
-        }
     }
 
     /// Work and traffic of one run.
@@ -108,6 +119,42 @@ impl Plan {
     /// # Safety
     /// Every external is valid memory of its tensor's size, and no two of them overlap.
     pub(crate) unsafe fn run_cpu(&self, cpu: &Cpu, arena: *mut u8, externals: &[*mut u8]) {
+        self.each(arena, externals, |node, io| node.op.run_cpu(io, cpu));
+    }
+
+    /// Hands the kernels of every op to a launcher, which may merely collect them.
+    ///
+    /// # Errors
+    /// An op without kernels, or what the driver refuses.
+    pub(crate) fn run_cuda(
+        &self,
+        launcher: &mut Launcher<'_>,
+        arena: *mut u8,
+        externals: &[*mut u8],
+    ) -> Result<(), Error> {
+        let mut result = Ok(());
+        self.each(arena, externals, |node, io| {
+            if result.is_ok() {
+                result = node.op.run_cuda(io, launcher);
+            }
+        });
+        result
+    }
+
+    /// The kernels that the plan needs on a GPU with these properties, which need not be here.
+    ///
+    /// # Errors
+    /// An op without kernels.
+    pub fn variants(&self, gpu: &Properties) -> Result<HashMap<String, Variant>, Error> {
+        let mut launcher = Launcher::collect(gpu);
+        // Addresses decide which variants are aligned enough: externals of a device always are.
+        let externals = vec![std::ptr::null_mut::<u8>().wrapping_add(ALIGNMENT); self.graph.externals().len()];
+        self.run_cuda(&mut launcher, std::ptr::null_mut::<u8>().wrapping_add(ALIGNMENT), &externals)?;
+        Ok(launcher.variants())
+    }
+
+    /// Visits the ops that run, in order, with their operands.
+    fn each(&self, arena: *mut u8, externals: &[*mut u8], mut visit: impl FnMut(&Node, &Io<'_>)) {
         let mut inputs = Vec::new();
         let mut outputs = Vec::new();
         for (&i, &(offset, bytes)) in self.order.iter().zip(&self.scratch) {
@@ -121,8 +168,7 @@ impl Plan {
             let read = |t: &TensorId| !self.unread.contains(t);
             outputs.extend(node.outputs.iter().map(|t| t.filter(read).map(|t| self.mat(t, arena, externals))));
             let workspace = (arena.wrapping_add(offset), bytes);
-            let io = Io { name: node.op.name(), inputs: &inputs, outputs: &outputs, workspace };
-            node.op.run_cpu(&io, cpu);
+            visit(node, &Io { name: node.op.name(), inputs: &inputs, outputs: &outputs, workspace });
         }
     }
 
@@ -177,6 +223,19 @@ fn unread_outputs(graph: &Graph, order: &[usize]) -> HashSet<TensorId> {
 /// Whether `t` is a mere part of one of the node's inputs (an output of a split), so that it writes nothing.
 fn reads_root(graph: &Graph, node: &Node, t: TensorId) -> bool {
     node.op.is_placement() && node.inputs.iter().flatten().any(|&input| graph.root(input).0 == graph.root(t).0)
+}
+
+/// Refuses bf16 activations: kernels for the CPU read bf16 in weights only.
+fn check_types(graph: &Graph, order: &[usize]) -> Result<(), Error> {
+    for &i in order {
+        let node = &graph.nodes[i];
+        let inputs = node.inputs.iter().enumerate().filter(|(i, _)| node.op.bf16_weight() != Some(*i)).map(|(_, t)| t);
+        if inputs.chain(&node.outputs).flatten().any(|&t| graph.dtype(t) == DType::BF16) {
+            let message = "on a CPU activations are f32; bf16 activations need a GPU".into();
+            return Err(Error::Unsupported { op: node.op.name(), message });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a graph in which an op reads an external's old value after a later value was stored over it.

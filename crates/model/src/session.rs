@@ -240,7 +240,7 @@ impl<'m> Session<'m> {
                 if external.name == LOGITS {
                     logits = offset;
                 }
-                io_bytes += plan.external_bytes(external.tensor).next_multiple_of(64);
+                io_bytes += device.external_bytes(&plan, external.tensor).next_multiple_of(64);
                 Source::Io(offset)
             };
             sources.push(source);

@@ -134,14 +134,15 @@ impl Weights {
         }
     }
 
-    /// Every parameter's name and values in the order of memory, without a copy. The form must be [`Form::Training`].
-    pub fn tensors(&mut self) -> Vec<(&str, &[f32])> {
+    /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form
+    /// must be [`Form::Training`].
+    pub fn with_tensors<R>(&mut self, read: impl FnOnce(&[(&str, &[f32])]) -> R) -> R {
         debug_assert_eq!(self.form, Form::Training);
-        let values: &[f32] = self.buffer.as_slice(0, self.buffer.bytes() / 4);
-        let part = |e: &Entry| &values[e.offset / 4..][..e.spec.numel()];
-        let mut tensors: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset, name.as_str(), part(e))).collect();
-        tensors.sort_by_key(|t| t.0);
-        tensors.into_iter().map(|(_, name, values)| (name, values)).collect()
+        let values = self.buffer.contents(0, self.buffer.bytes() / 4);
+        let mut entries: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset / 4, name.as_str(), &e.spec)).collect();
+        entries.sort_by_key(|e| e.0);
+        let tensors: Vec<_> = entries.iter().map(|&(at, name, spec)| (name, &values[at..][..spec.numel()])).collect();
+        read(&tensors)
     }
 
     /// How the parameters lie in memory.

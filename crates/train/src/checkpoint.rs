@@ -193,16 +193,20 @@ impl RunFolder {
         extra: &[(&str, &[u8])],
     ) -> Result<(), Error> {
         // Straight from the memory in which they are trained: a save needs no memory of its own.
-        let tensors: Vec<SaveTensor<'_>> =
-            weights.tensors().into_iter().map(|(name, values)| (name, TensorData::F32(values))).collect();
-        hognose_model::checkpoint::save(folder, config, &tensors, extra)?;
+        weights.with_tensors(|tensors| {
+            let tensors: Vec<SaveTensor<'_>> =
+                tensors.iter().map(|(name, values)| (*name, TensorData::F32(values))).collect();
+            hognose_model::checkpoint::save(folder, config, &tensors, extra)
+        })?;
         let path = folder.join(OPTIMIZER);
-        let mut views = Vec::new();
+        let (mut parts, mut views) = (Vec::new(), Vec::new());
         for (name, buffer) in optimizer.parts() {
-            let len = buffer.bytes();
-            let bytes = bytemuck::cast_slice(buffer.as_slice::<f32>(0, len / 4));
-            views
-                .push((name, TensorView::new(Dtype::F32, vec![len / 4], bytes).map_err(|e| Error::damaged(&path, e))?));
+            let len = buffer.bytes() / 4;
+            parts.push((name, buffer.contents::<f32>(0, len)));
+        }
+        for (name, values) in &parts {
+            let view = TensorView::new(Dtype::F32, vec![values.len()], bytemuck::cast_slice(values));
+            views.push((*name, view.map_err(|e| Error::damaged(&path, e))?));
         }
         // The folder as a whole is synced and put in place by the caller.
         safetensors::serialize_to_file(views, None, &path).map_err(|e| match e {

@@ -86,7 +86,7 @@ impl GradientPlan {
         graph.output(LOSS, loss)?;
         let plan = device.plan(graph)?;
         let inputs = plan.graph().externals().iter().filter(|e| is_io(&e.name));
-        let io = device.alloc(inputs.map(|e| plan.external_bytes(e.tensor).next_multiple_of(64)).sum())?;
+        let io = device.alloc(inputs.map(|e| device.external_bytes(&plan, e.tensor).next_multiple_of(64)).sum())?;
         Ok(GradientPlan { plan, shape, io })
     }
 
@@ -130,7 +130,7 @@ impl GradientPlan {
                     _ => loss_at = offset,
                 }
                 bindings.push(io.at(offset));
-                offset += self.plan.external_bytes(external.tensor).next_multiple_of(64);
+                offset += device.external_bytes(&self.plan, external.tensor).next_multiple_of(64);
                 continue;
             }
             let missing = || Error::Internal(format!("nothing is bound to {name}"));

@@ -3,7 +3,7 @@
 use crate::dtype::{DType, Element};
 use crate::graph::Layout;
 
-/// A matrix in CPU memory: rows of `cols` elements, `stride` elements apart.
+/// A matrix in the memory of the device that runs the op: rows of `cols` elements, `stride` elements apart.
 ///
 /// It carries no lifetime and no exclusiveness. The executor guarantees, for the duration of one `run_cpu` call, that
 /// the memory is valid and that an output overlaps no other operand, except a state or buffer that the graph declares
@@ -29,6 +29,11 @@ unsafe impl Send for Mat {}
 unsafe impl Sync for Mat {}
 
 impl Mat {
+    /// Address of element (0, 0), on whatever device it is.
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     /// Address of element (0, 0).
     #[inline(always)]
     pub fn ptr<T: Element>(&self) -> *mut T {

@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 
@@ -127,6 +128,16 @@ pub trait Op: Debug + Send + Sync {
         0
     }
 
+    /// Scratch bytes needed while the op runs on a GPU with these properties.
+    fn workspace_cuda(&self, _graph: &Graph, _node: &Node, _gpu: &Properties) -> usize {
+        0
+    }
+
+    /// The input that the CPU reads as bf16 although activations are f32 there: a weight.
+    fn bf16_weight(&self) -> Option<usize> {
+        None
+    }
+
     /// Floating-point operations of one run.
     fn flops(&self, _graph: &Graph, _node: &Node) -> f64 {
         0.0
@@ -140,6 +151,14 @@ pub trait Op: Debug + Send + Sync {
     /// Runs on the CPU. Shapes and types were checked when the node was recorded. An output that nobody reads is
     /// `None` and need not be computed.
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu);
+
+    /// Writes down the kernels that run it on a GPU: their number and sizes depend on shapes alone, since they are
+    /// captured into a graph and replayed. Addresses in `io` are the device's and are not read here.
+    ///
+    /// By default there are none.
+    fn run_cuda(&self, _io: &Io<'_>, _launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        Err(Error::Unsupported { op: self.name(), message: "there is no kernel for GPUs".into() })
+    }
 }
 
 /// A recorded operation with its operands.
@@ -378,6 +397,29 @@ impl Graph {
             return Err(Error::Type { op, what, expected: dtype, found });
         }
         Ok(())
+    }
+
+    /// `t` must hold floating-point numbers; returns their type. bf16 activations are for GPUs: the plan of a CPU
+    /// refuses them.
+    pub fn expect_float(&self, op: &'static str, what: &'static str, t: TensorId) -> Result<DType, Error> {
+        match self.dtype(t) {
+            DType::I32 => Err(Error::Type { op, what, expected: DType::F32, found: DType::I32 }),
+            float => Ok(float),
+        }
+    }
+
+    /// `t` must be of this type and `[rows, cols]`.
+    pub fn expect(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        t: TensorId,
+        dtype: DType,
+        rows: Option<usize>,
+        cols: Option<usize>,
+    ) -> Result<(), Error> {
+        self.expect_dtype(op, what, t, dtype)?;
+        self.expect_shape(op, what, t, rows, cols)
     }
 
     /// `t` must be f32 and `[rows, cols]`.

@@ -8,24 +8,46 @@ use half::bf16;
 
 use crate::cpu::Cpu;
 use crate::cpu::gemm::{MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
+use crate::cuda::Launcher;
+use crate::cuda::blas::Product;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
 use crate::ops::elementwise;
 
-/// y = x · Wᵀ (+ bias).
+/// y = x · Wᵀ (+ bias), in the type of x.
+///
+/// # Errors
+/// Operands of other shapes or types.
 pub fn linear(g: &mut Graph, x: TensorId, weight: TensorId, bias: Option<TensorId>) -> Result<TensorId, Error> {
+    let dtype = g.dtype(x);
+    linear_to(g, x, weight, bias, dtype)
+}
+
+/// [`linear`] with a result of another type: logits are f32 whatever the activations are.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_to(
+    g: &mut Graph,
+    x: TensorId,
+    weight: TensorId,
+    bias: Option<TensorId>,
+    dtype: DType,
+) -> Result<TensorId, Error> {
     let (n, k) = (g.rows(weight), g.cols(weight));
-    g.expect_f32("linear", "x", x, None, Some(k))?;
+    g.expect_shape("linear", "x", x, None, Some(k))?;
+    let x_dtype = g.expect_float("linear", "x", x)?;
     let w = g.tensor(weight);
-    if !(w.dtype == DType::F32 || w.dtype == DType::BF16 && w.layout == Layout::Panels) {
-        let message = format!("the weight must be f32, or bf16 in panels, but is {} {:?}", w.dtype, w.layout);
+    // Packed weights widen exactly; others have the type of x.
+    if !(w.dtype == x_dtype || w.dtype == DType::BF16 && w.layout == Layout::Panels) {
+        let message = format!("the weight must be {x_dtype}, or bf16 in panels, but is {} {:?}", w.dtype, w.layout);
         return Err(Error::Unsupported { op: "linear", message });
     }
     if let Some(bias) = bias {
         g.expect_f32("linear", "the bias", bias, Some(1), Some(n))?;
     }
-    let y = g.new_tensor(DType::F32, g.rows(x), n);
+    let y = g.new_tensor(dtype, g.rows(x), n);
     g.push(Linear, vec![Some(x), Some(weight), bias], vec![Some(y)]);
     Ok(y)
 }
@@ -89,15 +111,16 @@ impl Op for Linear {
         let mut d_inputs = vec![None; 3];
         if wanted[0] {
             let w = g.tensor(weight);
-            if w.layout != Layout::Rows || w.dtype != DType::F32 {
-                let message = "gradients need the weight as row-major f32".into();
+            if w.layout != Layout::Rows || w.dtype != g.dtype(x) {
+                let message = "gradients need the weight row-major and of the type of x".into();
                 return Err(Error::Unsupported { op: "linear", message });
             }
-            let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+            let dx = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
             g.push(LinearDx, vec![Some(dy), Some(weight)], vec![Some(dx)]);
             d_inputs[0] = Some(dx);
         }
         if wanted[1] {
+            // Gradients of parameters are f32, also where the parameter was rounded to bf16 for the product.
             let dw = g.new_tensor(DType::F32, g.rows(weight), g.cols(weight));
             g.push(LinearDw, vec![Some(dy), Some(x)], vec![Some(dw)]);
             d_inputs[1] = Some(dw);
@@ -110,6 +133,15 @@ impl Op for Linear {
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         product_flops(g, node.input(0), g.rows(node.input(1)))
+    }
+
+    fn bf16_weight(&self) -> Option<usize> {
+        Some(1)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        let product = Product::new(io.output(0), (io.input(0), false), (io.input(1), true));
+        launcher.product(&Product { bias: io.optional_input(2), ..product })
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -144,6 +176,10 @@ impl Op for LinearDx {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
         unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)), view(io.input(1))) }
     }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        launcher.product(&Product::new(io.output(0), (io.input(0), false), (io.input(1), false)))
+    }
 }
 
 /// dW = dyᵀ · x: sums over tokens in order.
@@ -162,6 +198,10 @@ impl Op for LinearDw {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
         unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)).t(), view(io.input(1))) }
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        launcher.product(&Product::new(io.output(0), (io.input(0), true), (io.input(1), false)))
     }
 }
 

@@ -2,8 +2,11 @@
 //! files and finite differences.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use half::bf16;
 
 use crate::cpu::Cpu;
 use crate::cpu::isa::Isa;
@@ -45,6 +48,12 @@ impl Value {
         Value { dtype: DType::I32, ..Value::new(1, values.len(), data) }
     }
 
+    /// The same numbers rounded to bf16.
+    pub fn to_bf16(&self) -> Value {
+        let data = self.data.iter().map(|&v| bf16::from_f64(v).to_f64()).collect();
+        Value { dtype: DType::BF16, ..Value::new(self.rows, self.cols, data) }
+    }
+
     pub fn at(&self, row: usize, col: usize) -> f64 {
         self.data[row * self.cols + col]
     }
@@ -57,6 +66,20 @@ impl Value {
         let worst = self.data.iter().zip(&other.data).map(diff).fold(0.0, f64::max);
         worst / if top == 0.0 { 1.0 } else { top }
     }
+}
+
+/// What [`Case::run_everywhere`] calls the GPU.
+pub const CUDA: &str = "cuda";
+
+/// How much further from the reference results of a GPU may be in f32: its exponentials, logarithms and reciprocals are
+/// those of the special function unit.
+pub const CUDA_SLACK: f64 = 4.0;
+
+/// The GPU, if `HOGNOSE_TEST_CUDA` is set: the tests then fail where there is none. `only` leaves the CPU out.
+fn gpu() -> Option<&'static Mutex<Device>> {
+    static GPU: OnceLock<Option<Mutex<Device>>> = OnceLock::new();
+    let open = || std::env::var_os("HOGNOSE_TEST_CUDA").map(|_| Mutex::new(Device::cuda(0).expect("a GPU")));
+    GPU.get_or_init(open).as_ref()
 }
 
 /// A graph with values for its inputs.
@@ -100,27 +123,55 @@ impl Case {
         self.run_on(Isa::detect(), 2)
     }
 
-    /// Runs at every instruction set of the machine and passes each result to `check`.
-    pub fn run_everywhere(&self, mut check: impl FnMut(Isa, &BTreeMap<String, Value>)) {
-        for isa in Isa::available() {
+    /// Runs at every instruction set of the machine, and on its GPU if the tests were asked to, and passes the name of
+    /// the place and each result to `check`.
+    pub fn run_everywhere(&self, mut check: impl FnMut(&str, &BTreeMap<String, Value>)) {
+        let only_gpu = std::env::var_os("HOGNOSE_TEST_CUDA").is_some_and(|v| v == "only");
+        for isa in Isa::available().into_iter().filter(|_| !only_gpu) {
             let out = self.run_on(isa, 2);
             assert_eq!(out, self.run_on(isa, 1), "{isa}: the number of threads changes bits");
-            check(isa, &out);
+            check(&isa.to_string(), &out);
+        }
+        self.run_on_gpu(|out| check(CUDA, out));
+    }
+
+    /// Runs on the GPU, if the tests were asked to and the graph has no matrices in a CPU's layout.
+    pub fn run_on_gpu(&self, mut check: impl FnMut(&BTreeMap<String, Value>)) {
+        let packed = |t: &TensorId| self.graph.tensor(*t).layout == Layout::Panels;
+        if self.values.iter().any(|(t, _)| packed(t)) {
+            return;
+        }
+        if let Some(gpu) = gpu() {
+            // One stream, which captures runs: one test at a time.
+            let device = gpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let out = self.run_in(&device);
+            assert_eq!(out, self.run_in(&device), "two runs on the GPU differ");
+            check(&out);
         }
     }
 
-    pub fn run_on(&self, isa: Isa, threads: usize) -> BTreeMap<String, Value> {
-        let device = Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa }));
+    /// Runs at the place of this name: a level of instructions, or the GPU.
+    pub fn run_on(&self, place: impl Display, threads: usize) -> BTreeMap<String, Value> {
+        let place = place.to_string();
+        if place == CUDA {
+            let device = gpu().expect("a GPU was asked for").lock().unwrap_or_else(PoisonError::into_inner);
+            return self.run_in(&device);
+        }
+        let isa = Isa::available().into_iter().find(|isa| isa.to_string() == place).expect("a level of this machine");
+        self.run_in(&Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa })))
+    }
+
+    fn run_in(&self, device: &Device) -> BTreeMap<String, Value> {
         let plan = device.plan(self.graph.clone()).unwrap();
         // Garbage in the arena shows kernels that read what they did not write.
-        let mut arena = device.alloc(plan.arena_bytes()).unwrap();
-        arena.bytes_mut().fill(0xFF);
+        let arena = device.alloc(plan.arena_bytes()).unwrap();
+        arena.fill(0xFF);
         let buffers: Vec<_> = plan
             .graph()
             .externals()
             .iter()
             .map(|e| {
-                let mut buffer = device.alloc(plan.external_bytes(e.tensor)).unwrap();
+                let mut buffer = device.alloc(device.external_bytes(&plan, e.tensor)).unwrap();
                 if let Some((t, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
                     if value.dtype == DType::I32 {
                         buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>());
@@ -135,6 +186,7 @@ impl Case {
             .collect();
         let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
         device.run(&plan, &arena, &bindings).unwrap();
+        device.synchronize().unwrap();
         let mut out = BTreeMap::new();
         for (name, t) in &self.outputs {
             let i = plan.graph().externals().iter().position(|e| e.tensor == *t).unwrap();
@@ -142,6 +194,9 @@ impl Case {
             let data = match tensor.dtype {
                 DType::I32 => {
                     buffers[i].to_vec::<i32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect()
+                }
+                DType::BF16 => {
+                    buffers[i].to_vec::<bf16>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect()
                 }
                 _ => buffers[i].to_vec::<f32>(0, tensor.rows * tensor.cols).into_iter().map(f64::from).collect(),
             };
@@ -195,43 +250,105 @@ pub fn check_op(
     reference: impl Fn(&[Value]) -> Vec<Value>,
     (bound, gradient_bound): (f64, f64),
 ) {
-    let values: Vec<Value> = inputs.iter().map(|(_, v)| v.clone()).collect();
-    let expected = reference(&values);
-    let seeds: Vec<Value> =
-        expected.iter().enumerate().map(|(i, o)| Value::random(o.rows, o.cols, 1000 + i as u32)).collect();
-    let expected_gradients =
-        if differentiable.is_empty() { Vec::new() } else { finite_differences(&values, &seeds, &reference) };
-
-    let mut case = Case::new();
-    let ids: Vec<TensorId> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
-    let outputs = build(&mut case.graph, &ids);
-    assert_eq!(outputs.len(), expected.len());
-    if !differentiable.is_empty() {
-        let seed_ids: Vec<TensorId> = seeds.iter().map(|s| case.input("seed", s)).collect();
-        let pairs: Vec<_> = outputs.iter().copied().zip(seed_ids).collect();
-        let wrt: Vec<_> = differentiable
-            .iter()
-            .map(|name| ids[inputs.iter().position(|(n, _)| n == name).expect("a named input")])
-            .collect();
-        let gradients = case.graph.backward(&pairs, &wrt, Recompute::Nothing).unwrap();
-        for (name, gradient) in differentiable.iter().zip(gradients) {
-            case.output(&format!("grad.{name}"), gradient.unwrap_or_else(|| panic!("no gradient of {name}")));
-        }
-    }
-    for (i, &t) in outputs.iter().enumerate() {
-        case.output(&format!("out.{i}"), t);
-    }
-    case.run_everywhere(|isa, out| {
-        for (i, expected) in expected.iter().enumerate() {
-            let error = expected.error(&out[&format!("out.{i}")]);
-            assert!(error <= bound, "{isa}: output {i} is off by {error:.2e} > {bound:.0e}");
-        }
-        for name in differentiable {
-            let i = inputs.iter().position(|(n, _)| n == name).unwrap();
-            let error = expected_gradients[i].error(&out[&format!("grad.{name}")]);
-            assert!(error <= gradient_bound, "{isa}: gradient of {name} is off by {error:.2e} > {gradient_bound:.0e}");
-        }
+    let expected = Expected::new(inputs, differentiable, &reference);
+    let case = expected.case(inputs, build);
+    case.run_everywhere(|place, out| {
+        let slack = if place == CUDA { CUDA_SLACK } else { 1.0 };
+        expected.check(place, out, (bound * slack, gradient_bound * slack));
     });
+}
+
+/// As [`check_op`], on the GPU only and with the inputs named in `activations` in bf16: the reference gets the rounded
+/// numbers, so what is left is the rounding of results and of intermediate values. Bounds are those of bf16, which
+/// has 8 bits: 2⁻⁸ = 4·10⁻³ for a result that is rounded once.
+pub fn check_op_bf16(
+    inputs: &[(&str, Value)],
+    activations: &[&str],
+    differentiable: &[&str],
+    build: impl Fn(&mut Graph, &[TensorId]) -> Vec<TensorId>,
+    reference: impl Fn(&[Value]) -> Vec<Value>,
+    bounds: (f64, f64),
+) {
+    if gpu().is_none() {
+        return;
+    }
+    let rounded: Vec<(&str, Value)> =
+        inputs.iter().map(|(n, v)| (*n, if activations.contains(n) { v.to_bf16() } else { v.clone() })).collect();
+    let expected = Expected::new(&rounded, differentiable, &reference);
+    let case = expected.case(&rounded, build);
+    case.run_on_gpu(|out| expected.check("cuda in bf16", out, bounds));
+}
+
+/// What a reference gives for an op's outputs and gradients.
+struct Expected<'a> {
+    outputs: Vec<Value>,
+    seeds: Vec<Value>,
+    /// The inputs that gradients are compared of, with what they should be.
+    gradients: Vec<(&'a str, usize, Value)>,
+}
+
+impl<'a> Expected<'a> {
+    fn new(
+        inputs: &[(&str, Value)],
+        differentiable: &[&'a str],
+        reference: impl Fn(&[Value]) -> Vec<Value>,
+    ) -> Expected<'a> {
+        let values: Vec<Value> = inputs.iter().map(|(_, v)| v.clone()).collect();
+        let outputs = reference(&values);
+        // Seeds that bf16 holds exactly, since the gradient of a bf16 result is bf16.
+        let seed = |(i, o): (usize, &Value)| Value {
+            dtype: DType::F32,
+            ..Value::random(o.rows, o.cols, 1000 + i as u32).to_bf16()
+        };
+        let seeds: Vec<Value> = outputs.iter().enumerate().map(seed).collect();
+        let mut gradients = Vec::new();
+        if !differentiable.is_empty() {
+            let all = finite_differences(&values, &seeds, &reference);
+            for &name in differentiable {
+                let i = inputs.iter().position(|(n, _)| *n == name).expect("a named input");
+                gradients.push((name, i, Value { dtype: DType::F32, ..all[i].clone() }));
+            }
+        }
+        Expected { outputs, seeds, gradients }
+    }
+
+    /// The graph that `build` records, with its gradients.
+    fn case(&self, inputs: &[(&str, Value)], build: impl Fn(&mut Graph, &[TensorId]) -> Vec<TensorId>) -> Case {
+        let mut case = Case::new();
+        let ids: Vec<TensorId> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
+        let outputs = build(&mut case.graph, &ids);
+        assert_eq!(outputs.len(), self.outputs.len());
+        if !self.gradients.is_empty() {
+            let mut pairs = Vec::new();
+            for (&output, seed) in outputs.iter().zip(&self.seeds) {
+                let dtype = case.graph.dtype(output);
+                pairs.push((output, case.input("seed", &Value { dtype, ..seed.clone() })));
+            }
+            let wrt: Vec<_> = self.gradients.iter().map(|(_, i, _)| ids[*i]).collect();
+            let gradients = case.graph.backward(&pairs, &wrt, Recompute::Nothing).unwrap();
+            for ((name, ..), gradient) in self.gradients.iter().zip(gradients) {
+                case.output(&format!("grad.{name}"), gradient.unwrap_or_else(|| panic!("no gradient of {name}")));
+            }
+        }
+        for (i, &t) in outputs.iter().enumerate() {
+            case.output(&format!("out.{i}"), t);
+        }
+        case
+    }
+
+    fn check(&self, place: &str, out: &BTreeMap<String, Value>, (bound, gradient_bound): (f64, f64)) {
+        for (i, expected) in self.outputs.iter().enumerate() {
+            let error = expected.error(&out[&format!("out.{i}")]);
+            assert!(error <= bound, "{place}: output {i} is off by {error:.2e} > {bound:.0e}");
+        }
+        for (name, _, expected) in &self.gradients {
+            let error = expected.error(&out[&format!("grad.{name}")]);
+            assert!(
+                error <= gradient_bound,
+                "{place}: gradient of {name} is off by {error:.2e} > {gradient_bound:.0e}"
+            );
+        }
+    }
 }
 
 /// A tensor of an oracle file with its original shape.

@@ -140,6 +140,10 @@ impl Op for Fused {
         ])
     }
 
+    fn bf16_weight(&self) -> Option<usize> {
+        Some(1)
+    }
+
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {
         let (h, weight) = (node.input(0), node.input(1));
         cpu::Workspace::new(self.block, g.rows(h), g.rows(weight), g.cols(h)).bytes()

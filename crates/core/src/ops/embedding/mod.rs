@@ -59,6 +59,10 @@ impl Op for Embedding {
         Ok(vec![None, d_outputs[0].map(|dy| scatter_add(g, dy, node.input(0), vocabulary))])
     }
 
+    fn bf16_weight(&self) -> Option<usize> {
+        Some(1)
+    }
+
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         let (weight, y) = (io.input(1), io.output(0));
         // SAFETY: the builder checked that the ids are one row of i32; inputs do not change.

@@ -1,0 +1,238 @@
+//! Kernels from source: the cubin in the cache folder, else NVRTC.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cudarc::driver::sys as driver;
+use cudarc::nvrtc::sys as nvrtc;
+
+use super::library::Library;
+use super::{check, cuda_error};
+use crate::error::Error;
+
+/// Put in front of every kernel.
+const PRELUDE: &str = include_str!("prelude.cu");
+
+/// The CUDA C++ of an op. Its kernels vary by macros that a launch defines.
+#[derive(Debug)]
+pub struct Program {
+    /// Its name in messages.
+    pub name: &'static str,
+    /// Its source, without the prelude.
+    pub source: &'static str,
+}
+
+/// A program with the macros that specialise it.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// What is compiled.
+    pub program: &'static Program,
+    /// Names and values of macros.
+    pub defines: Vec<(&'static str, String)>,
+}
+
+impl Variant {
+    /// What tells variants apart: the program and the values of its macros.
+    pub fn key(&self) -> String {
+        let mut key = self.program.name.to_string();
+        for (name, value) in &self.defines {
+            key.push_str(&format!(" {name}={value}"));
+        }
+        key
+    }
+}
+
+/// What the compiler says of a variant beside its machine code.
+#[derive(Debug)]
+pub struct Compiled {
+    /// Machine code.
+    pub cubin: Vec<u8>,
+    /// Messages, with registers and spills of each kernel.
+    pub log: String,
+}
+
+/// Compiles a variant for an architecture like `sm_90`. Needs NVRTC but no GPU.
+///
+/// # Errors
+/// NVRTC is missing or refuses the source; the message holds its log.
+pub fn compile(variant: &Variant, arch: &str) -> Result<Compiled, Error> {
+    Library::Nvrtc.load()?;
+    let failed = |what: &str| Error::Cuda(format!("{}: {what}", variant.key()));
+    let source =
+        CString::new(format!("{PRELUDE}\n#line 1 \"{}/kernel.cu\"\n{}", variant.program.name, variant.program.source))
+            .map_err(|_| failed("the source holds a zero byte"))?;
+    let mut options: Vec<CString> = Vec::new();
+    let mut option = |text: String| -> Result<(), Error> {
+        options.push(CString::new(text).map_err(|_| failed("an option holds a zero byte"))?);
+        Ok(())
+    };
+    option(format!("--gpu-architecture={arch}"))?;
+    option("--std=c++17".into())?;
+    option("--ptxas-options=-v".into())?;
+    for (name, value) in &variant.defines {
+        option(format!("-D{name}={value}"))?;
+    }
+    let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
+    // SAFETY: all pointers are valid for the calls, sizes are asked for before buffers are filled, and the program is
+    // destroyed once.
+    unsafe {
+        let mut program = std::ptr::null_mut();
+        let name =
+            CString::new(format!("{}.cu", variant.program.name)).map_err(|_| failed("a name with a zero byte"))?;
+        let created = nvrtc::nvrtcCreateProgram(
+            &mut program,
+            source.as_ptr(),
+            name.as_ptr(),
+            0,
+            std::ptr::null(),
+            std::ptr::null(),
+        );
+        if created != nvrtc::nvrtcResult::NVRTC_SUCCESS {
+            return Err(failed("NVRTC could not start"));
+        }
+        let result = nvrtc::nvrtcCompileProgram(program, pointers.len() as i32, pointers.as_ptr());
+        let mut size = 0;
+        nvrtc::nvrtcGetProgramLogSize(program, &mut size);
+        let mut log = vec![0u8; size.max(1)];
+        nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+        let log = CStr::from_bytes_until_nul(&log).map(|t| t.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut cubin = Vec::new();
+        if result == nvrtc::nvrtcResult::NVRTC_SUCCESS {
+            let mut size = 0;
+            nvrtc::nvrtcGetCUBINSize(program, &mut size);
+            cubin = vec![0u8; size];
+            nvrtc::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast());
+        }
+        nvrtc::nvrtcDestroyProgram(&mut program);
+        if cubin.is_empty() {
+            return Err(failed(&format!("NVRTC: {result:?}\n{log}")));
+        }
+        Ok(Compiled { cubin, log })
+    }
+}
+
+/// The folder that keeps compiled kernels: `HOGNOSE_CACHE`, else `hognose` in the user's cache folder.
+fn cache_folder() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = set("HOGNOSE_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("hognose")))
+        .or_else(|| set("HOME").map(|p| p.join(".cache/hognose")))
+        .or_else(|| set("LOCALAPPDATA").map(|p| p.join("hognose")))?;
+    Some(base.join("kernels"))
+}
+
+/// The machine code of a variant, from the cache folder if it is there. Several processes may do this at once: a file
+/// appears complete or not at all. A folder that cannot be written only costs time.
+fn cubin(variant: &Variant, arch: &str) -> Result<Vec<u8>, Error> {
+    let compiler = {
+        Library::Nvrtc.load()?;
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: two integers to write to.
+        unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
+        format!("nvrtc {major}.{minor} {arch}")
+    };
+    let mut hasher = blake3::Hasher::new();
+    for part in [PRELUDE, variant.program.source, &variant.key(), &compiler] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    let file =
+        cache_folder().map(|f| f.join(format!("{}-{}.cubin", variant.program.name, &hasher.finalize().to_hex()[..32])));
+    // The last 32 bytes are a checksum, so that a damaged file is compiled anew.
+    if let Some(bytes) = file.as_ref().and_then(|f| std::fs::read(f).ok())
+        && let Some((code, sum)) = bytes.split_last_chunk::<32>()
+        && blake3::hash(code).as_bytes() == sum
+    {
+        return Ok(code.to_vec());
+    }
+    let compiled = compile(variant, arch)?;
+    if let Some(file) = file {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let unique = format!("{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let partial = file.with_extension(unique);
+        let mut bytes = compiled.cubin.clone();
+        bytes.extend_from_slice(blake3::hash(&compiled.cubin).as_bytes());
+        let written = file.parent().map(std::fs::create_dir_all).transpose().is_ok()
+            && std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, &file)).is_ok();
+        if !written {
+            let _ = std::fs::remove_file(&partial);
+        }
+    }
+    Ok(compiled.cubin)
+}
+
+/// The kernels that a context has loaded.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    arch: String,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Debug, Default)]
+struct Loaded {
+    modules: HashMap<String, driver::CUmodule>,
+    functions: HashMap<(String, &'static str), (driver::CUfunction, u32)>,
+}
+
+// SAFETY: handles of the driver may be used from any thread.
+unsafe impl Send for Loaded {}
+
+impl Kernels {
+    pub(super) fn new(arch: String) -> Kernels {
+        Kernels { arch, loaded: Mutex::new(Loaded::default()) }
+    }
+
+    /// Compiles what is not loaded yet, on all cores, and loads it. The context must be current.
+    pub(super) fn prepare(&self, variants: &HashMap<String, Variant>) -> Result<(), Error> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        let missing: Vec<(&String, &Variant)> =
+            variants.iter().filter(|(k, _)| !loaded.modules.contains_key(*k)).collect();
+        let next = AtomicU64::new(0);
+        let results = Mutex::new(Vec::new());
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(missing.len());
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    while let Some((key, variant)) = missing.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                        let result = cubin(variant, &self.arch);
+                        results.lock().unwrap_or_else(|e| e.into_inner()).push(((*key).clone(), result));
+                    }
+                });
+            }
+        });
+        for (key, result) in results.into_inner().unwrap_or_else(|e| e.into_inner()) {
+            let image = result?;
+            let mut module = std::ptr::null_mut();
+            // SAFETY: the image is a cubin with its size inside.
+            check("loading a kernel", unsafe { driver::cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
+            loaded.modules.insert(key, module);
+        }
+        Ok(())
+    }
+
+    /// A kernel of a prepared variant, allowed to use `shared` bytes of dynamic shared memory.
+    pub(super) fn function(&self, key: &str, entry: &'static str, shared: u32) -> Result<driver::CUfunction, Error> {
+        let mut guard = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        let loaded = &mut *guard;
+        let module = *loaded.modules.get(key).ok_or_else(|| cuda_error(format!("{key} was not compiled")))?;
+        let known = (key.to_string(), entry);
+        if !loaded.functions.contains_key(&known) {
+            let name = CString::new(entry).map_err(|_| cuda_error("a kernel's name holds a zero byte".into()))?;
+            let mut function = std::ptr::null_mut();
+            // SAFETY: the module is loaded and the name ends with a zero.
+            check(entry, unsafe { driver::cuModuleGetFunction(&mut function, module, name.as_ptr()) })?;
+            loaded.functions.insert(known.clone(), (function, 48 << 10));
+        }
+        let (function, allowed) = loaded.functions.get_mut(&known).ok_or_else(|| cuda_error(entry.into()))?;
+        if shared > *allowed {
+            let attribute = driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            check(entry, unsafe { driver::cuFuncSetAttribute(*function, attribute, shared as i32) })?;
+            *allowed = shared;
+        }
+        Ok(*function)
+    }
+}

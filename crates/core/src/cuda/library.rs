@@ -1,0 +1,140 @@
+//! Finding NVIDIA's libraries at run time: where the system looks, and where pip and conda put them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::error::Error;
+
+/// A library that is loaded when it is first needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Library {
+    /// The driver, which comes with the GPU's kernel module.
+    Driver,
+    /// The run-time compiler.
+    Nvrtc,
+    /// Matrix products.
+    CublasLt,
+    /// Communication between GPUs.
+    Nccl,
+}
+
+impl Library {
+    /// File names, newest first.
+    fn names(self) -> &'static [&'static str] {
+        match self {
+            Library::Driver if cfg!(windows) => &["nvcuda.dll"],
+            Library::Driver => &["libcuda.so.1", "libcuda.so"],
+            Library::Nvrtc if cfg!(windows) => &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"],
+            Library::Nvrtc => &["libnvrtc.so.13", "libnvrtc.so.12"],
+            Library::CublasLt if cfg!(windows) => &["cublasLt64_13.dll", "cublasLt64_12.dll"],
+            Library::CublasLt => &["libcublasLt.so.13", "libcublasLt.so.12"],
+            Library::Nccl => &["libnccl.so.2"],
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Library::Driver => "the NVIDIA driver; install it from your system's packages or from nvidia.com",
+            Library::Nvrtc => {
+                "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
+            }
+            Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
+            Library::Nccl => "NCCL; `pip install nvidia-nccl-cu13` brings it",
+        }
+    }
+
+    fn is_found(self) -> bool {
+        // SAFETY: looking a library up runs its initialisers only, and these are NVIDIA's.
+        unsafe {
+            match self {
+                Library::Driver => cudarc::driver::sys::is_culib_present(),
+                Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
+                Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
+                Library::Nccl => cudarc::nccl::sys::is_culib_present(),
+            }
+        }
+    }
+
+    /// Loads the library, so that cudarc, which asks the system's loader by name, finds it already there.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] that says what is missing, how to get it and where was looked.
+    pub fn load(self) -> Result<(), Error> {
+        static LOADED: Mutex<Vec<Library>> = Mutex::new(Vec::new());
+        let mut loaded = LOADED.lock().unwrap_or_else(|e| e.into_inner());
+        if loaded.contains(&self) {
+            return Ok(());
+        }
+        let folders = folders();
+        let open = |path: &Path| {
+            // SAFETY: as in `is_found`. The library stays loaded for the life of the process.
+            unsafe { libloading::Library::new(path) }.map(std::mem::forget).is_ok()
+        };
+        let by_path =
+            || folders.iter().flat_map(|f| self.names().iter().map(|n| f.join(n))).any(|p| p.exists() && open(&p));
+        let by_name = || self.names().iter().any(|n| open(Path::new(n)));
+        // A folder that was named comes first, then what the system finds, then folders that it does not know.
+        let named = std::env::var_os(FOLDER_VARIABLE).is_some();
+        if !(named && by_path() || by_name() || by_path()) || !self.is_found() {
+            let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+            let also = if places.is_empty() { String::new() } else { format!(" and in {}", places.join(", ")) };
+            return Err(Error::Cuda(format!(
+                "{} was not found: {}. Looked where the system's loader looks{also}; {FOLDER_VARIABLE} names another folder",
+                self.names()[0],
+                self.describe(),
+            )));
+        }
+        loaded.push(self);
+        Ok(())
+    }
+}
+
+/// Names a folder with NVIDIA's libraries, which is looked at first.
+const FOLDER_VARIABLE: &str = "HOGNOSE_CUDA_LIBRARIES";
+
+/// Folders that hold NVIDIA's libraries without the system's loader knowing of them.
+fn folders() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::env::var_os(FOLDER_VARIABLE).iter().flat_map(std::env::split_paths).collect();
+    let mut prefixes: Vec<PathBuf> =
+        ["CONDA_PREFIX", "VIRTUAL_ENV"].iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
+    // The Python that a shell would start, and the user's own packages.
+    for folder in std::env::var_os("PATH").iter().flat_map(std::env::split_paths) {
+        if folder.join("python3").exists()
+            && let Some(prefix) = folder.parent()
+        {
+            prefixes.push(prefix.to_path_buf());
+        }
+    }
+    prefixes.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local")));
+    for variable in ["CUDA_HOME", "CUDA_PATH"] {
+        found.extend(std::env::var_os(variable).map(|p| PathBuf::from(p).join("lib64")));
+    }
+    for prefix in &prefixes {
+        found.push(prefix.join("lib"));
+        for python in entries(&prefix.join("lib")) {
+            for packages in ["site-packages", "dist-packages"] {
+                // nvidia/cu13/lib, nvidia/cuda_nvrtc/lib, nvidia/cublas/lib, nvidia/nccl/lib
+                found.extend(entries(&python.join(packages).join("nvidia")).into_iter().map(|p| p.join("lib")));
+            }
+        }
+    }
+    found.push(PathBuf::from("/usr/local/cuda/lib64"));
+    let mut seen = Vec::new();
+    for folder in found {
+        let holds_some = entries(&folder).iter().any(|file| {
+            let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            ["cuda", "nvrtc", "cublasLt", "nccl"].iter().any(|part| name.contains(part))
+        });
+        if holds_some && !seen.contains(&folder) {
+            seen.push(folder);
+        }
+    }
+    seen
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(folder).map(|list| list.flatten().map(|e| e.path()).collect()).unwrap_or_default();
+    paths.sort();
+    paths
+}
