@@ -167,7 +167,7 @@ fn measure(
     let mut buffers = Vec::new();
     let mut given = 0;
     for external in externals {
-        let buffer = device.alloc(plan.external_bytes(external.tensor))?;
+        let buffer = device.alloc(device.external_bytes(&plan, external.tensor))?;
         if external.name.starts_with("input") {
             match &ints[given] {
                 Some(values) => buffer.write(0, values),
