@@ -34,16 +34,14 @@ pub enum Command {
 #[error("{0}")]
 pub struct Usage(pub String);
 
-/// What asking for a GPU is answered.
-pub const NO_CUDA: &str = "this version of hognose computes on the CPU only; use --device cpu or leave it out";
-
 /// Where and in what precision to compute.
 #[derive(Clone, Debug, Args)]
 pub struct Compute {
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
-    /// Type of the matrices in products. Everything else is f32.
+    /// Type of the matrices in products; on a GPU also of stored activations. States, norms and parameters that are
+    /// trained stay f32.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
     /// Threads on the CPU [default: all cores].
@@ -76,9 +74,21 @@ impl DTypeArg {
 impl Compute {
     /// The device asked for.
     pub fn device(&self) -> anyhow::Result<Device> {
-        match self.device {
-            DeviceArg::Cpu | DeviceArg::Auto => Ok(Device::cpu(self.threads.map(|n| n as usize))?),
-            DeviceArg::Cuda => Err(Usage(NO_CUDA.into()).into()),
+        open_device(self.device, self.threads.map(|n| n as usize))
+    }
+}
+
+/// Opens a device; says so where there is no GPU and the CPU computes instead.
+pub fn open_device(device: DeviceArg, threads: Option<usize>) -> anyhow::Result<Device> {
+    match device {
+        DeviceArg::Cpu => Ok(Device::cpu(threads)?),
+        DeviceArg::Cuda => Ok(Device::cuda(0)?),
+        DeviceArg::Auto => {
+            let (device, why_not) = Device::auto(threads)?;
+            if let Some(why) = why_not {
+                eprintln!("computing on the CPU, since there is no GPU to use ({why})");
+            }
+            Ok(device)
         }
     }
 }

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use hognose_engine::generate::Event;
 use hognose_model::checkpoint::{self, Checkpoint};
 use hognose_model::weights::{Form, Weights};
+use hognose_train::config::DeviceKind;
 
 /// Any error of hognose.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -65,11 +66,11 @@ pub fn load(path_or_id: &str, options: &LoadOptions) -> Result<Loaded, Error> {
     let checkpoint = Checkpoint::open(&path)?;
     let device = match &options.device {
         Some(device) => device.clone(),
-        None => Device::cpu(None)?,
+        None => Device::auto(None)?.0,
     };
     let narrow = checkpoint.tensors().iter().any(|t| t.dtype == checkpoint::Dtype::BF16);
     let dtype = options.dtype.unwrap_or(if narrow { DType::BF16 } else { DType::F32 });
-    let weights = Weights::load(&device, &checkpoint, Form::Inference(dtype))?;
+    let weights = Weights::load(&device, &checkpoint, Form::inference(&device, dtype))?;
     let tokenizer = match &options.tokenizer {
         Some(file) => Some(Tokenizer::load(file)?),
         None => Tokenizer::find(&path)?,
@@ -154,7 +155,11 @@ pub fn forward_in(session: &mut Session<'_>, ids: &[u32]) -> Result<Vec<f32>, ho
 /// A configuration that is not possible, data that cannot be read, a folder that holds something, too little memory,
 /// a loss that is not finite.
 pub fn train(config: TrainConfig, folder: &Path) -> Result<Outcome, Error> {
-    let device = Device::cpu(config.threads)?;
+    let device = match config.device {
+        DeviceKind::Cpu => Device::cpu(config.threads)?,
+        DeviceKind::Cuda => Device::cuda(0)?,
+        DeviceKind::Auto => Device::auto(config.threads)?.0,
+    };
     let mut silent = hognose_train::report::Silent;
     let outcome = hognose_train::trainer::train(config, device, folder, false, &mut silent)?;
     outcome.ok_or_else(|| "training ended before it began".into())

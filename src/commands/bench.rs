@@ -42,12 +42,11 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     };
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
-    if args.mode == Mode::Train && dtype == DType::BF16 {
-        return Err(
-            Usage("training in bf16 needs a device with bf16 products; use --dtype f32 on the CPU".into()).into()
-        );
+    let form = if args.mode == Mode::Train { Form::Training(dtype) } else { Form::inference(&device, dtype) };
+    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (form, &device) {
+        let message = "training in bf16 needs a GPU; use --dtype f32 on the CPU";
+        return Err(Usage(message.into()).into());
     }
-    let form = if args.mode == Mode::Train { Form::Training } else { Form::Inference(dtype) };
     let model = load(name, device, form)?;
     eprintln!("{name}: {} parameters on {}", thousands(model.config.parameter_count()), model.device.describe());
     let ceiling = model.device.measure_ceiling();
@@ -157,6 +156,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let Model { config, weights, device } = model;
     let tokens = args.batch * args.length;
     let shape = StepShape {
+        form: model.weights.form(),
         tokens,
         segments: args.batch,
         carry_state: false,

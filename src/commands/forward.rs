@@ -60,10 +60,13 @@ pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
         }
         let device = loaded.model.device.clone();
         let folder = loaded.path.clone();
+        let loaded_form = loaded.model.weights.form();
         drop(session);
         drop(loaded);
         let checkpoint = Checkpoint::open(&folder)?;
-        let weights = Weights::load(&device, &checkpoint, Form::Training)?;
+        // On a CPU gradients are f32 whatever the matrices of the forward pass were.
+        let dtype = loaded_form.activations();
+        let weights = Weights::load(&device, &checkpoint, Form::Training(dtype))?;
         let pack = Pack::from_lengths(std::iter::repeat_n(ids.length, ids.batch))?;
         let Gradients { tensors, .. } = gradients(&device, &checkpoint.config, &weights, &ids.values, &pack)?;
         for (name, shape, values) in tensors {

@@ -6,6 +6,7 @@ use std::path::Path;
 use hognose::ModelConfig;
 use hognose_core::DType;
 use hognose_core::error::human_bytes;
+use hognose_core::graph::Layout;
 use hognose_model::checkpoint;
 use hognose_model::config::Mixer;
 use hognose_model::state::{self, LayerState};
@@ -112,11 +113,11 @@ impl Memory {
         };
         let state = config.layers.iter().map(LayerState::of).map(|l| 4 * (l.conv + l.ssm) as u64).sum();
         Memory {
-            weights_f32: bytes(Form::Inference(DType::F32)),
-            weights_bf16: bytes(Form::Inference(DType::BF16)),
+            weights_f32: bytes(Form::Inference(DType::F32, Layout::Rows)),
+            weights_bf16: bytes(Form::Inference(DType::BF16, Layout::Rows)),
             state,
             // Parameters, gradients and two moments.
-            training: 4 * bytes(Form::Training),
+            training: 4 * bytes(Form::Training(DType::F32)),
         }
     }
 }

@@ -9,6 +9,8 @@ pub mod train;
 
 use hognose::{DType, LoadOptions, Loaded};
 use hognose_core::error::human_bytes;
+use hognose_core::graph::Layout;
+use hognose_model::weights::Form;
 
 use crate::args::Compute;
 
@@ -25,7 +27,8 @@ pub fn load(model: &str, tokenizer: Option<&std::path::Path>, compute: &Compute)
 /// `mamba-130m: 129 M parameters, 493 MiB, f32`.
 pub fn describe(loaded: &Loaded) -> String {
     let dtype = match loaded.model.weights.form() {
-        hognose_model::weights::Form::Inference(DType::BF16) => "bf16 matrices",
+        Form::Inference(DType::BF16, Layout::Panels) => "bf16 matrices",
+        Form::Inference(DType::BF16, Layout::Rows) => "bf16",
         _ => "f32",
     };
     format!(

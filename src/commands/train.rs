@@ -13,7 +13,7 @@ use hognose_train::report::{Baselines, EvaluationReport, Observer, Outcome, Plan
 use hognose_train::{setup, trainer};
 use indicatif::ProgressBar;
 
-use crate::args::{Compute, DTypeArg, DeviceArg, NO_CUDA, TrainArgs, Usage};
+use crate::args::{Compute, DTypeArg, DeviceArg, TrainArgs, Usage, open_device};
 use crate::terminal::{self, duration, si, thousands};
 
 /// Tokens of a line that the model writes on the way.
@@ -50,10 +50,12 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
 
 /// The device that the configuration names.
 fn device(config: &TrainConfig) -> anyhow::Result<Device> {
-    match config.device {
-        DeviceKind::Cpu | DeviceKind::Auto => Ok(Device::cpu(config.threads)?),
-        DeviceKind::Cuda => Err(Usage(NO_CUDA.into()).into()),
-    }
+    let device = match config.device {
+        DeviceKind::Cpu => DeviceArg::Cpu,
+        DeviceKind::Cuda => DeviceArg::Cuda,
+        DeviceKind::Auto => DeviceArg::Auto,
+    };
+    open_device(device, config.threads)
 }
 
 /// The configuration file, then what the command line says.

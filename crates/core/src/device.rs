@@ -202,6 +202,17 @@ impl Device {
         Ok(Device::Cpu(Arc::new(Cpu::new(threads)?)))
     }
 
+    /// The first GPU or, where there is none that can be used, the CPU and a sentence that says why.
+    ///
+    /// # Errors
+    /// As [`Device::cpu`].
+    pub fn auto(threads: Option<usize>) -> Result<(Device, Option<String>), Error> {
+        match Device::cuda(0) {
+            Ok(device) => Ok((device, None)),
+            Err(why) => Ok((Device::cpu(threads)?, Some(why.to_string()))),
+        }
+    }
+
     /// GPU number `ordinal`.
     ///
     /// # Errors

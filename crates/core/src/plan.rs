@@ -47,6 +47,14 @@ struct Block {
 }
 
 impl Plan {
+    /// The plan for a GPU with these properties, which need not be here: to know its kernels and its memory.
+    ///
+    /// # Errors
+    /// As [`Device::plan`](crate::Device::plan).
+    pub fn for_gpu(graph: Graph, gpu: &Properties) -> Result<Plan, Error> {
+        Plan::new(graph, Target::Cuda(gpu))
+    }
+
     /// Drops ops whose results nobody reads, then places every tensor and every op's scratch memory.
     pub(crate) fn new(graph: Graph, target: Target<'_>) -> Result<Plan, Error> {
         let order = live_nodes(&graph);

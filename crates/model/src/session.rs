@@ -2,16 +2,18 @@
 
 use std::collections::HashMap;
 
-use hognose_core::{Buffer, Device, Pack, Plan};
+use hognose_core::{Buffer, Device, Graph, Pack, Plan};
 
 use crate::config::{Mixer, ModelConfig};
 use crate::error::Error;
 use crate::network::{IDS, ROWS, Recorder, SEGMENTS, States};
 use crate::state::{State, StatePool};
-use crate::weights::Weights;
+use crate::weights::{Form, Weights};
 
 /// Tokens of a prompt that are processed at once, about: enough to keep matrix products busy, little memory.
 const PREFILL_TOKENS: usize = 512;
+/// The same on a GPU, which needs more of them to be busy.
+const PREFILL_TOKENS_GPU: usize = 2048;
 /// Name of the external that receives the logits.
 const LOGITS: &str = "logits";
 
@@ -133,7 +135,11 @@ impl<'m> Session<'m> {
             Mixer::Mamba2(m) => m.chunk_size,
         };
         let grid = self.model.config.layers.iter().map(chunk).fold(1, lcm);
-        grid * PREFILL_TOKENS.div_ceil(grid).max(1)
+        let tokens = match self.model.device {
+            Device::Cpu(_) => PREFILL_TOKENS,
+            Device::Cuda(_) => PREFILL_TOKENS_GPU,
+        };
+        grid * tokens.div_ceil(grid).max(1)
     }
 
     /// Processes a pack: segment s continues slot s. Returns the logits of the given rows of the pack, row-major
@@ -217,16 +223,7 @@ impl<'m> Session<'m> {
 
     fn compile(&self, shape: Shape) -> Result<Compiled, Error> {
         let Model { config, weights, device } = self.model;
-        let mut recorder = Recorder::new(config, weights.form(), shape.tokens, self.pool.slots(), States::InPlace);
-        let mut hidden = recorder.hidden()?;
-        if shape.rows > 0 {
-            if shape.rows < shape.tokens {
-                hidden = recorder.gather(hidden, shape.rows)?;
-            }
-            let logits = recorder.logits(hidden)?;
-            recorder.graph.output(LOGITS, logits)?;
-        }
-        let plan = device.plan(recorder.graph)?;
+        let plan = device.plan(graph(config, weights.form(), self.pool.slots(), shape.tokens, shape.rows)?)?;
         let mut io_bytes = 0;
         let mut logits = 0;
         let mut sources = Vec::new();
@@ -248,6 +245,23 @@ impl<'m> Session<'m> {
         let io = device.alloc(io_bytes)?;
         Ok(Compiled { plan, io, sources, logits })
     }
+}
+
+/// Records a call that processes `tokens` tokens of `slots` sequences and gives the logits of `rows` of them.
+///
+/// # Errors
+/// Sizes that the configuration's ops refuse.
+pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows: usize) -> Result<Graph, Error> {
+    let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
+    let mut hidden = recorder.hidden()?;
+    if rows > 0 {
+        if rows < tokens {
+            hidden = recorder.gather(hidden, rows)?;
+        }
+        let logits = recorder.logits(hidden)?;
+        recorder.graph.output(LOGITS, logits)?;
+    }
+    Ok(recorder.graph)
 }
 
 fn lcm(a: usize, b: usize) -> usize {

@@ -18,24 +18,55 @@ const FINGERPRINT_SAMPLES: usize = 1024;
 /// How parameters lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// f32 and row-major, as the optimizer updates them.
-    Training,
-    /// Matrices in this type and packed for the matrix product, A_log replaced by A = −exp(A_log); the rest in f32.
-    Inference(DType),
+    /// f32 and row-major, as the optimizer updates them. With bf16 there is a copy of them rounded to bf16, which
+    /// matrix products read; activations are bf16 then.
+    Training(DType),
+    /// Matrices in this type and in the layout that the device's products read, A_log replaced by A = −exp(A_log); the
+    /// rest in f32.
+    Inference(DType, Layout),
 }
 
 impl Form {
+    /// The form for inference on a device.
+    pub fn inference(device: &Device, dtype: DType) -> Form {
+        Form::Inference(dtype, device.weight_layout())
+    }
+
     /// Type and layout of a parameter.
     pub fn of(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
         match (self, spec.kind) {
-            (Form::Inference(dtype), ParamKind::Matrix) => (dtype, Layout::Panels),
+            (Form::Inference(dtype, layout), ParamKind::Matrix) => (dtype, layout),
             // A tied embedding is a matrix of a product, too; an untied one is only looked up.
-            (Form::Inference(dtype), ParamKind::Embedding) if config.tie_embeddings => (dtype, Layout::Panels),
-            (Form::Inference(dtype), ParamKind::Embedding) => (dtype, Layout::Rows),
+            (Form::Inference(dtype, layout), ParamKind::Embedding) if config.tie_embeddings => (dtype, layout),
+            (Form::Inference(dtype, _), ParamKind::Embedding) => (dtype, Layout::Rows),
             _ => (DType::F32, Layout::Rows),
         }
     }
+
+    /// The type in which an op reads a parameter: for matrices that of the rounded copy, if there is one.
+    pub fn read_as(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+        match (self, spec.kind) {
+            (Form::Training(dtype), ParamKind::Matrix | ParamKind::Embedding) => (dtype, Layout::Rows),
+            _ => self.of(spec, config),
+        }
+    }
+
+    /// Type of the activations: bf16 only where row-major bf16 weights are, on a GPU.
+    pub fn activations(self) -> DType {
+        match self {
+            Form::Training(dtype) | Form::Inference(dtype, Layout::Rows) => dtype,
+            Form::Inference(_, Layout::Panels) => DType::F32,
+        }
+    }
+
+    /// Bytes of the rounded copy beside parameters of this size.
+    fn copy_bytes(self, bytes: usize) -> usize {
+        if self == Form::Training(DType::BF16) { bytes / 2 } else { 0 }
+    }
 }
+
+/// Prefix of the externals that are copies of parameters rounded to bf16.
+pub const ROUNDED: &str = "bf16.";
 
 /// A parameter's shape as the graph has it: vectors are one row, and all axes but the first form the columns.
 pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
@@ -57,6 +88,8 @@ fn padded_bytes(device: &Device, spec: &ParamSpec, (dtype, layout): (DType, Layo
 pub struct Weights {
     form: Form,
     buffer: Buffer,
+    /// All parameters rounded to bf16, at half the offsets, where the form has them.
+    rounded: Buffer,
     entries: BTreeMap<String, Entry>,
     hasher: blake3::Hasher,
 }
@@ -72,7 +105,8 @@ struct Entry {
 impl Weights {
     /// Bytes that the parameters of a model take.
     pub fn required_bytes(device: &Device, config: &ModelConfig, form: Form) -> usize {
-        config.parameters().iter().map(|spec| padded_bytes(device, spec, form.of(spec, config))).sum()
+        let bytes = config.parameters().iter().map(|spec| padded_bytes(device, spec, form.of(spec, config))).sum();
+        bytes + form.copy_bytes(bytes)
     }
 
     /// Memory for the parameters of a model, all zero.
@@ -86,7 +120,8 @@ impl Weights {
             offset += bytes;
         }
         let hasher = blake3::Hasher::new();
-        Ok(Weights { form, buffer: device.alloc(offset)?, entries, hasher })
+        let (buffer, rounded) = (device.alloc(offset)?, device.alloc(form.copy_bytes(offset))?);
+        Ok(Weights { form, buffer, rounded, entries, hasher })
     }
 
     /// Loads a checkpoint.
@@ -126,18 +161,22 @@ impl Weights {
             self.hasher.update(&v.to_le_bytes());
         });
         let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
-        if matches!(self.form, Form::Inference(_)) && name.ends_with(".A_log") {
+        if matches!(self.form, Form::Inference(..)) && name.ends_with(".A_log") {
             let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
             device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
         } else {
             device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
+        }
+        if self.rounded.bytes() > 0 {
+            let place = (DType::BF16, Layout::Rows);
+            device.write_matrix(&mut self.rounded, entry.offset / 2, place, shape, values);
         }
     }
 
     /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form
     /// must be [`Form::Training`].
     pub fn with_tensors<R>(&mut self, read: impl FnOnce(&[(&str, &[f32])]) -> R) -> R {
-        debug_assert_eq!(self.form, Form::Training);
+        debug_assert!(matches!(self.form, Form::Training(_)));
         let values = self.buffer.contents(0, self.buffer.bytes() / 4);
         let mut entries: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset / 4, name.as_str(), &e.spec)).collect();
         entries.sort_by_key(|e| e.0);
@@ -150,9 +189,14 @@ impl Weights {
         self.form
     }
 
-    /// Bytes of all parameters.
+    /// Bytes of all parameters, without rounded copies.
     pub fn bytes(&self) -> usize {
         self.buffer.bytes()
+    }
+
+    /// The copy of all parameters that is rounded to bf16, in the same order, if the form has one.
+    pub fn rounded(&self) -> Option<&Buffer> {
+        (self.rounded.bytes() > 0).then_some(&self.rounded)
     }
 
     /// A short name for exactly these parameters: states saved under one belong to it alone.
@@ -162,7 +206,10 @@ impl Weights {
 
     /// Where a parameter lies, if the model has it.
     pub fn slice(&self, name: &str) -> Option<Slice<'_>> {
-        self.entries.get(name).map(|e| self.buffer.at(e.offset))
+        match name.strip_prefix(ROUNDED) {
+            Some(name) => self.entries.get(name).map(|e| self.rounded.at(e.offset / 2)),
+            None => self.entries.get(name).map(|e| self.buffer.at(e.offset)),
+        }
     }
 
     /// Byte offset and specification of every parameter, in the order of memory.

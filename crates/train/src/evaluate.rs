@@ -108,6 +108,7 @@ impl Evaluator {
                 Entry::Occupied(plan) => plan.into_mut(),
                 Entry::Vacant(place) => {
                     let shape = StepShape {
+                        form: weights.form(),
                         tokens: key.0,
                         segments: key.1,
                         carry_state: true,

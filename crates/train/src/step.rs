@@ -21,6 +21,8 @@ const GRAD: &str = "grad.";
 /// What decides the shape of a gradient plan.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepShape {
+    /// In which form the weights are; it decides the type of activations.
+    pub form: Form,
     /// Rows of the pack.
     pub tokens: usize,
     /// Segments of the pack, empty ones included.
@@ -64,10 +66,10 @@ pub struct GradientPlan {
 }
 
 impl GradientPlan {
-    /// Records and plans a micro-batch of this shape. Fails where the configuration's ops refuse its sizes.
-    pub fn new(device: &Device, config: &ModelConfig, shape: StepShape) -> Result<GradientPlan, Error> {
+    /// Records a micro-batch of this shape. Fails where the configuration's ops refuse its sizes.
+    pub fn graph(config: &ModelConfig, shape: &StepShape) -> Result<Graph, Error> {
         let states = if shape.carry_state { States::Carried } else { States::None };
-        let mut recorder = Recorder::new(config, Form::Training, shape.tokens, shape.segments, states);
+        let mut recorder = Recorder::new(config, shape.form, shape.tokens, shape.segments, states);
         if shape.gradients {
             recorder = recorder.with_dropout(shape.dropout);
         }
@@ -84,7 +86,15 @@ impl GradientPlan {
             }
         }
         graph.output(LOSS, loss)?;
-        let plan = device.plan(graph)?;
+        Ok(graph)
+    }
+
+    /// Records and plans a micro-batch of this shape.
+    ///
+    /// # Errors
+    /// As [`GradientPlan::graph`]; no memory for its inputs.
+    pub fn new(device: &Device, config: &ModelConfig, shape: StepShape) -> Result<GradientPlan, Error> {
+        let plan = device.plan(GradientPlan::graph(config, &shape)?)?;
         let inputs = plan.graph().externals().iter().filter(|e| is_io(&e.name));
         let io = device.alloc(inputs.map(|e| device.external_bytes(&plan, e.tensor).next_multiple_of(64)).sum())?;
         Ok(GradientPlan { plan, shape, io })
@@ -269,6 +279,7 @@ pub fn gradients(
         }
     }
     let shape = StepShape {
+        form: weights.form(),
         tokens: pack.tokens(),
         segments: pack.segments(),
         carry_state: false,

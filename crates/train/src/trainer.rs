@@ -8,7 +8,7 @@ use std::time::Instant;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
 use hognose_core::ops::adamw::Hyper;
-use hognose_core::{Buffer, Device};
+use hognose_core::{Buffer, DType, Device};
 use hognose_model::config::ModelConfig;
 use hognose_model::session::Model;
 use hognose_model::weights::{Form, Weights};
@@ -134,12 +134,16 @@ impl Trainer {
         from: Option<(&Path, Progress)>,
     ) -> Result<Trainer, Error> {
         let begin = Instant::now();
-        if config.dtype == Dtype::Bf16 {
-            let message = "training in bf16 needs a device with bf16 products; use dtype f32 on the CPU";
-            return Err(Error::Unsupported(message.into()));
+        let form = Form::Training(match config.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::Bf16 => DType::BF16,
+        });
+        if let (Form::Training(DType::BF16), Device::Cpu(_)) = (form, &device) {
+            return Err(Error::Unsupported("training in bf16 needs a GPU; use dtype f32 on the CPU".into()));
         }
         // Parameters, gradients and two moments, before the first of them takes memory.
-        device.require(4 * Weights::required_bytes(&device, &setup.model, Form::Training) as u64)?;
+        let f32_bytes = Weights::required_bytes(&device, &setup.model, Form::Training(DType::F32)) as u64;
+        device.require(3 * f32_bytes + Weights::required_bytes(&device, &setup.model, form) as u64)?;
         let mode = if config.carry_state { Mode::CarryState } else { Mode::Packed };
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
@@ -153,10 +157,10 @@ impl Trainer {
                                    back as it was";
                     return Err(Error::Resume { path: path.into(), message: message.into() });
                 }
-                Weights::load(&device, &checkpoint, Form::Training)?
+                Weights::load(&device, &checkpoint, form)?
             }
-            (None, Some(init)) => Weights::load(&device, &init, Form::Training)?,
-            (None, None) => Weights::initialise(&device, &setup.model, Form::Training, config.seed)?,
+            (None, Some(init)) => Weights::load(&device, &init, form)?,
+            (None, None) => Weights::initialise(&device, &setup.model, form, config.seed)?,
         };
         let bytes = weights.bytes();
         let [gradients, mut m, mut v] = [device.alloc(bytes)?, device.alloc(bytes)?, device.alloc(bytes)?];
@@ -208,6 +212,7 @@ impl Trainer {
 
     fn step_shape(&self, segments: usize, accumulate: bool) -> StepShape {
         StepShape {
+            form: self.model.weights.form(),
             tokens: self.config.length * self.config.batch,
             segments,
             carry_state: self.config.carry_state,

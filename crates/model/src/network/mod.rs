@@ -11,13 +11,13 @@ use hognose_core::ops::cross_entropy::{self, CrossEntropy};
 use hognose_core::ops::dropout::dropout;
 use hognose_core::ops::embedding::embedding;
 use hognose_core::ops::gather_rows::gather_rows;
-use hognose_core::ops::linear::linear;
+use hognose_core::ops::linear::{linear, linear_to};
 use hognose_core::ops::norm::{layer_norm, rms_norm};
 use hognose_core::{DType, Error, Graph, TensorId};
 
 use crate::config::{Mixer, ModelConfig, NormKind, ParamSpec};
 use crate::state::LayerState;
-use crate::weights::{Form, matrix_shape};
+use crate::weights::{Form, ROUNDED, matrix_shape};
 
 /// Name of the external with the token ids, i32 `[1, tokens]`.
 pub const IDS: &str = "ids";
@@ -111,8 +111,10 @@ impl<'a> Recorder<'a> {
         }
         let spec = &self.specs[name];
         let (rows, cols) = matrix_shape(&spec.shape);
-        let (dtype, layout) = self.form.of(spec, self.config);
-        let t = self.graph.external_with_layout(name, dtype, rows, cols, layout);
+        let (dtype, layout) = self.form.read_as(spec, self.config);
+        let rounded = dtype != self.form.of(spec, self.config).0;
+        let external = if rounded { format!("{ROUNDED}{name}") } else { name.to_string() };
+        let t = self.graph.external_with_layout(external, dtype, rows, cols, layout);
         self.params.insert(name.to_string(), t);
         t
     }
@@ -125,8 +127,8 @@ impl<'a> Recorder<'a> {
     fn transition(&mut self, layer: &str) -> Result<TensorId, Error> {
         let a_log = self.param(&format!("{layer}.mixer.A_log"));
         match self.form {
-            Form::Training => hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log),
-            Form::Inference(_) => Ok(a_log),
+            Form::Training(_) => hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log),
+            Form::Inference(..) => Ok(a_log),
         }
     }
 
@@ -226,7 +228,7 @@ impl<'a> Recorder<'a> {
     /// Logits of hidden vectors, `[rows, padded vocabulary]`.
     pub fn logits(&mut self, hidden: TensorId) -> Result<TensorId, Error> {
         let weight = self.output_matrix();
-        linear(&mut self.graph, hidden, weight, None)
+        linear_to(&mut self.graph, hidden, weight, None, DType::F32)
     }
 
     /// Cross-entropy of the next tokens, without ever holding all logits.
