@@ -270,11 +270,22 @@ pub struct BenchArgs {
     /// Measurements.
     #[arg(long, default_value_t = 5)]
     pub repeat: usize,
+    /// Channels of the mixer, with --op: instead of the model's.
+    #[arg(long, value_parser = positive)]
+    pub width: Option<usize>,
+    /// Print what each kind of op takes by itself.
+    #[arg(long)]
+    pub profile: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
     pub compute: Compute,
+}
+
+/// A whole number from 1 up.
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number from 1 up".to_string())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

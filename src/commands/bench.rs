@@ -134,6 +134,9 @@ fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
+    if args.profile {
+        show_profile(&session.profile(&random_ids(args.batch, &model.config, 1), &one, &rows)?);
+    }
     let tokens = args.batch * args.length;
     let peak_bytes = model.weights.bytes() + session.bytes();
     // Each step reads the weights once, and reads and writes every state.
@@ -141,6 +144,24 @@ fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let bytes = (read * args.length) as f64;
     let flops = session.flops_per_token() * tokens as f64;
     Ok(Found { seconds, tokens, peak_bytes, flops, bytes })
+}
+
+/// Prints what each kind of op takes, largest first.
+fn show_profile(ops: &[(&'static str, f64)]) {
+    let mut sums: Vec<(&str, usize, f64)> = Vec::new();
+    for &(name, seconds) in ops {
+        match sums.iter_mut().find(|s| s.0 == name) {
+            Some(sum) => (sum.1, sum.2) = (sum.1 + 1, sum.2 + seconds),
+            None => sums.push((name, 1, seconds)),
+        }
+    }
+    sums.sort_by(|a, b| b.2.total_cmp(&a.2));
+    let total: f64 = sums.iter().map(|s| s.2).sum();
+    eprintln!("  each op by itself, {:.3} ms together:", 1e3 * total);
+    for (name, count, seconds) in sums {
+        let (each, share) = (1e6 * seconds / count as f64, 100.0 * seconds / total);
+        eprintln!("  {name:28} {count:5} x {each:9.1} µs = {:9.3} ms {share:5.1}%", 1e3 * seconds);
+    }
 }
 
 /// Bytes of an untied embedding, of which a step reads a row a sequence only.
@@ -204,6 +225,19 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         if pass > 0 {
             seconds.push(start.elapsed().as_secs_f64());
         }
+    }
+    if args.profile {
+        let ids = random_ids(tokens, config, 0);
+        let targets: Vec<i32> = ids.iter().map(|&i| i as i32).collect();
+        let inputs = StepInputs {
+            ids: &ids,
+            targets: &targets,
+            pack: &pack,
+            loss_scale: 1.0 / tokens as f32,
+            states: None,
+            dropout_seed: [0; 2],
+        };
+        show_profile(&plan.profile(device, &arena, weights, Some(&gradients), &inputs)?);
     }
     let peak_bytes = persistent + arena.bytes();
     Ok(Found { seconds, tokens, peak_bytes, flops: plan.cost().flops, bytes: 0.0 })

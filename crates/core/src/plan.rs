@@ -162,7 +162,7 @@ impl Plan {
     }
 
     /// Visits the ops that run, in order, with their operands.
-    fn each(&self, arena: *mut u8, externals: &[*mut u8], mut visit: impl FnMut(&Node, &Io<'_>)) {
+    pub(crate) fn each(&self, arena: *mut u8, externals: &[*mut u8], mut visit: impl FnMut(&Node, &Io<'_>)) {
         let mut inputs = Vec::new();
         let mut outputs = Vec::new();
         for (&i, &(offset, bytes)) in self.order.iter().zip(&self.scratch) {

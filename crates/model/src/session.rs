@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use hognose_core::{Buffer, Device, Graph, Pack, Plan};
+use hognose_core::{Buffer, Device, Graph, Pack, Plan, Slice};
 
 use crate::config::{Mixer, ModelConfig};
 use crate::error::Error;
@@ -174,6 +174,28 @@ impl<'m> Session<'m> {
             self.plans.insert(shape, compiled);
         }
         let compiled = &self.plans[&shape];
+        let bindings = self.bindings(compiled, ids, pack, rows);
+        self.model.device.run(&compiled.plan, &self.arena, &bindings)?;
+        for (position, ends) in self.positions.iter_mut().zip(pack.offsets().windows(2)) {
+            *position += (ends[1] - ends[0]) as u64;
+        }
+        Ok(self.plans[&shape].io.to_vec(self.plans[&shape].logits, rows.len() * vocabulary))
+    }
+
+    /// Seconds that each op of a call takes by itself, with the op's name. The call must have been made once; the
+    /// states go on.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn profile(&mut self, ids: &[u32], pack: &Pack, rows: &[usize]) -> Result<Vec<(&'static str, f64)>, Error> {
+        self.run(ids, pack, rows)?;
+        let compiled = &self.plans[&Shape { tokens: ids.len(), rows: rows.len() }];
+        let bindings = self.bindings(compiled, ids, pack, rows);
+        Ok(self.model.device.profile(&compiled.plan, &self.arena, &bindings)?)
+    }
+
+    /// Writes the inputs of a call and says where the memory of its externals is.
+    fn bindings<'a>(&'a self, compiled: &'a Compiled, ids: &[u32], pack: &Pack, rows: &[usize]) -> Vec<Slice<'a>> {
         let (plan, io) = (&compiled.plan, &compiled.io);
         let as_i32 = |values: &mut dyn Iterator<Item = usize>| values.map(|v| v as i32).collect::<Vec<i32>>();
         let mut bindings = Vec::with_capacity(compiled.sources.len());
@@ -192,11 +214,7 @@ impl<'m> Session<'m> {
                 }
             });
         }
-        self.model.device.run(plan, &self.arena, &bindings)?;
-        for (position, ends) in self.positions.iter_mut().zip(pack.offsets().windows(2)) {
-            *position += (ends[1] - ends[0]) as u64;
-        }
-        Ok(io.to_vec(compiled.logits, rows.len() * vocabulary))
+        bindings
     }
 
     /// Processes the tokens of slot 0 in chunks, so that memory does not grow with their number, and returns the

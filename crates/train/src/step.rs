@@ -124,6 +124,35 @@ impl GradientPlan {
         gradients: Option<&Buffer>,
         inputs: &StepInputs<'_>,
     ) -> Result<f32, Error> {
+        let (bindings, loss_at) = self.bindings(device, weights, gradients, inputs)?;
+        device.run(&self.plan, arena, &bindings)?;
+        Ok(self.io.to_vec::<f32>(loss_at, 1)[0])
+    }
+
+    /// Seconds that each op takes by itself, with the op's name.
+    ///
+    /// # Errors
+    /// As [`GradientPlan::run`].
+    pub fn profile(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        gradients: Option<&Buffer>,
+        inputs: &StepInputs<'_>,
+    ) -> Result<Vec<(&'static str, f64)>, Error> {
+        let (bindings, _) = self.bindings(device, weights, gradients, inputs)?;
+        Ok(device.profile(&self.plan, arena, &bindings)?)
+    }
+
+    /// Writes the inputs; returns where the memory of the externals is, and at which byte of `io` the loss.
+    fn bindings<'a>(
+        &'a self,
+        device: &Device,
+        weights: &'a Weights,
+        gradients: Option<&'a Buffer>,
+        inputs: &StepInputs<'a>,
+    ) -> Result<(Vec<Slice<'a>>, usize), Error> {
         let io = &self.io;
         let mut offset = 0;
         let mut loss_at = 0;
@@ -156,8 +185,7 @@ impl GradientPlan {
             };
             bindings.push(bound.ok_or_else(missing)?);
         }
-        device.run(&self.plan, arena, &bindings)?;
-        Ok(io.to_vec::<f32>(loss_at, 1)[0])
+        Ok((bindings, loss_at))
     }
 }
 
@@ -195,12 +223,20 @@ pub struct UpdatePlan {
 impl UpdatePlan {
     /// Plans the update of these parameters, which must be in [`Form::Training`].
     pub fn new(device: &Device, weights: &Weights) -> Result<UpdatePlan, Error> {
-        let n = weights.bytes() / 4;
         let decayed: Vec<Range<usize>> = weights
             .entries()
             .filter(|(_, spec)| spec.weight_decay)
             .map(|(offset, spec)| offset / 4..offset / 4 + spec.numel())
             .collect();
+        let graph = UpdatePlan::graph(weights.bytes() / 4, decayed, weights.rounded().is_some())?;
+        Ok(UpdatePlan { plan: device.plan(graph)?, io: device.alloc(128)? })
+    }
+
+    /// Records the update of `n` parameters, of which some decay and which may have a copy rounded to bf16.
+    ///
+    /// # Errors
+    /// Ranges outside of the parameters.
+    pub fn graph(n: usize, decayed: Vec<Range<usize>>, rounded: bool) -> Result<Graph, Error> {
         let mut graph = Graph::new();
         let mut external = |name: &str, cols| graph.external(name, DType::F32, 1, cols);
         let (params, grads, m, v) = (external("params", n), external("grads", n), external("m", n), external("v", n));
@@ -209,7 +245,7 @@ impl UpdatePlan {
         // The norm is read by the update and by the caller.
         graph.output(NORM, norm)?;
         adamw::adamw(&mut graph, AdamW { params, grads, m, v, hyper, norm, decayed })?;
-        Ok(UpdatePlan { plan: device.plan(graph)?, io: device.alloc(128)? })
+        Ok(graph)
     }
 
     /// The plan itself, for its size.

@@ -19,7 +19,7 @@ use hognose_core::{Error, Graph, Plan, Slice, TensorId, rng};
 use hognose_model::config::{Mamba1Config, Mamba2Config, Mixer};
 use hognose_model::presets;
 
-use super::spread;
+use super::{show_profile, spread};
 use crate::args::{BenchArgs, DTypeArg, Usage};
 use crate::terminal::si;
 
@@ -48,6 +48,8 @@ struct Sizes {
     model: ModelConfig,
     tokens: usize,
     segments: usize,
+    /// Channels of the mixer, if they are not those of the model.
+    width: Option<usize>,
 }
 
 impl Sizes {
@@ -66,7 +68,7 @@ impl Sizes {
     }
 
     fn d_inner(&self) -> usize {
-        self.model.layers[0].mixer.d_inner()
+        self.width.unwrap_or(self.model.layers[0].mixer.d_inner())
     }
 }
 
@@ -75,25 +77,36 @@ fn unsupported(what: &str) -> Error {
 }
 
 /// Inputs of a bench: external tensors with the range of their random values.
-#[derive(Default)]
 struct Inputs {
     graph: Graph,
+    /// Type of activations and of the weights of products.
+    dtype: DType,
     ranges: Vec<(f32, f32)>,
     ints: Vec<Option<Vec<i32>>>,
     differentiable: Vec<TensorId>,
 }
 
 impl Inputs {
-    fn f32(&mut self, rows: usize, cols: usize, range: (f32, f32)) -> TensorId {
-        let t = self.graph.external(format!("input {}", self.ranges.len()), DType::F32, rows, cols);
+    fn new(dtype: DType) -> Inputs {
+        Inputs { graph: Graph::new(), dtype, ranges: Vec::new(), ints: Vec::new(), differentiable: Vec::new() }
+    }
+
+    fn input(&mut self, dtype: DType, rows: usize, cols: usize, range: (f32, f32)) -> TensorId {
+        let t = self.graph.external(format!("input {}", self.ranges.len()), dtype, rows, cols);
         self.ranges.push(range);
         self.ints.push(None);
         self.differentiable.push(t);
         t
     }
 
+    /// A parameter that stays f32.
+    fn f32(&mut self, rows: usize, cols: usize, range: (f32, f32)) -> TensorId {
+        self.input(DType::F32, rows, cols, range)
+    }
+
+    /// An activation, or the weight of a product.
     fn normal(&mut self, rows: usize, cols: usize) -> TensorId {
-        self.f32(rows, cols, (-1.0, 1.0))
+        self.input(self.dtype, rows, cols, (-1.0, 1.0))
     }
 
     fn i32(&mut self, values: Vec<i32>) -> TensorId {
@@ -114,16 +127,17 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
         let known: Vec<&str> = BENCHES.iter().map(|b| b.name).collect();
         return Err(Usage(format!("there is no bench of an op \"{name}\"; there are {}", known.join(", "))).into());
     };
-    if args.compute.dtype == Some(DTypeArg::Bf16) {
+    let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
+    let model = presets::preset(args.model.as_deref().unwrap_or(bench.preset))?;
+    let sizes = Sizes { model, tokens: args.batch * args.length, segments: args.batch, width: args.width };
+    let device = args.compute.device()?;
+    if let (DType::BF16, Device::Cpu(_)) = (dtype, &device) {
         return Err(Usage("ops on the CPU compute in f32; leave out --dtype bf16".into()).into());
     }
-    let model = presets::preset(args.model.as_deref().unwrap_or(bench.preset))?;
-    let sizes = Sizes { model, tokens: args.batch * args.length, segments: args.batch };
-    let device = args.compute.device()?;
     let ceiling = device.measure_ceiling();
     let mut reports = Vec::new();
     for gradient in [false, true] {
-        let mut inputs = Inputs::default();
+        let mut inputs = Inputs::new(dtype);
         let out = (bench.record)(&mut inputs, &sizes)?;
         if gradient {
             let (rows, cols) = (inputs.graph.rows(out), inputs.graph.cols(out));
@@ -132,7 +146,8 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
             let seed = if rows * cols == 1 {
                 hognose_core::ops::elementwise::fill(&mut inputs.graph, DType::F32, 1, 1, 1.0)?
             } else {
-                inputs.normal(rows, cols)
+                let dtype = inputs.graph.dtype(out);
+                inputs.input(dtype, rows, cols, (-1.0, 1.0))
             };
             let gradients = inputs.graph.backward(&[(out, seed)], &wrt, Recompute::Nothing)?;
             for (i, gradient) in gradients.into_iter().enumerate() {
@@ -143,7 +158,7 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
         }
         inputs.graph.output("output", out)?;
         let Inputs { graph, ranges, ints, .. } = inputs;
-        reports.push(measure(&device, graph, &ranges, &ints, args.repeat)?);
+        reports.push(measure(&device, graph, &ranges, &ints, args)?);
     }
     show(bench.name, &sizes, args, &device, &ceiling, &reports)
 }
@@ -159,7 +174,7 @@ fn measure(
     graph: Graph,
     ranges: &[(f32, f32)],
     ints: &[Option<Vec<i32>>],
-    repeat: usize,
+    args: &BenchArgs,
 ) -> anyhow::Result<Report> {
     let plan: Plan = device.plan(graph)?;
     let arena = device.arena(&plan)?;
@@ -167,15 +182,17 @@ fn measure(
     let mut buffers = Vec::new();
     let mut given = 0;
     for external in externals {
-        let buffer = device.alloc(device.external_bytes(&plan, external.tensor))?;
+        let mut buffer = device.alloc(device.external_bytes(&plan, external.tensor))?;
         if external.name.starts_with("input") {
             match &ints[given] {
                 Some(values) => buffer.write(0, values),
                 None => {
                     let (low, high) = ranges[given];
                     let draw = |i| low + (high - low) * rng::uniform(given as u32, i);
-                    let values: Vec<f32> = (0..buffer.bytes() as u64 / 4).map(draw).collect();
-                    buffer.write(0, &values);
+                    let tensor = plan.graph().tensor(external.tensor);
+                    let (rows, cols) = (tensor.rows, tensor.cols);
+                    let values: Vec<f32> = (0..(rows * cols) as u64).map(draw).collect();
+                    device.write_matrix(&mut buffer, 0, (tensor.dtype, tensor.layout), (rows, cols), &values);
                 }
             }
             given += 1;
@@ -184,13 +201,22 @@ fn measure(
     }
     let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
     device.run(&plan, &arena, &bindings)?;
+    device.synchronize()?;
+    if args.profile {
+        show_profile(&device.profile(&plan, &arena, &bindings)?);
+    }
+    // Runs on a GPU are enqueued, several for one measurement, so that the time of enqueuing them is hidden.
+    let runs = if matches!(device, Device::Cuda(_)) { 10 } else { 1 };
     let mut seconds = Vec::new();
     let begin = Instant::now();
     // Short ops are repeated for half a second, however few measurements were asked for.
-    while seconds.len() < repeat || begin.elapsed().as_secs_f64() < 0.5 {
+    while seconds.len() < args.repeat || begin.elapsed().as_secs_f64() < 0.5 {
         let start = Instant::now();
-        device.run(&plan, &arena, &bindings)?;
-        seconds.push(start.elapsed().as_secs_f64());
+        for _ in 0..runs {
+            device.run(&plan, &arena, &bindings)?;
+        }
+        device.synchronize()?;
+        seconds.push(start.elapsed().as_secs_f64() / f64::from(runs));
     }
     let cost = plan.cost();
     Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes })
@@ -230,7 +256,8 @@ fn show(
     }
     if args.json {
         let object = serde_json::json!({
-            "op": name, "device": device.describe(), "dtype": "f32", "batch": args.batch, "length": args.length,
+            "op": name, "device": device.describe(), "dtype": args.compute.dtype.map_or(DType::F32, DTypeArg::dtype).to_string(),
+            "width": args.width, "batch": args.batch, "length": args.length,
             "passes": passes, "ceiling": { "flops": ceiling.flops, "bandwidth": ceiling.bandwidth },
         });
         writeln!(out, "{object}")?;
@@ -247,14 +274,14 @@ fn record_linear(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
 fn record_selective_scan(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let m = s.mamba1()?;
     let scan = SelectiveScan {
-        x: i.normal(s.tokens, m.d_inner),
-        dt: i.normal(s.tokens, m.d_inner),
-        a: i.f32(m.d_inner, m.d_state, (-16.0, -1.0)),
+        x: i.normal(s.tokens, s.d_inner()),
+        dt: i.normal(s.tokens, s.d_inner()),
+        a: i.f32(s.d_inner(), m.d_state, (-16.0, -1.0)),
         b: i.normal(s.tokens, m.d_state),
         c: i.normal(s.tokens, m.d_state),
-        d: Some(i.normal(1, m.d_inner)),
-        z: Some(i.normal(s.tokens, m.d_inner)),
-        dt_bias: Some(i.f32(1, m.d_inner, (-6.0, -2.0))),
+        d: Some(i.f32(1, s.d_inner(), (-1.0, 1.0))),
+        z: Some(i.normal(s.tokens, s.d_inner())),
+        dt_bias: Some(i.f32(1, s.d_inner(), (-6.0, -2.0))),
         initial_state: None,
         segments: i.segments(s),
         softplus: true,
@@ -265,15 +292,16 @@ fn record_selective_scan(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
 
 fn record_ssd(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let m = s.mamba2()?;
+    let heads = s.d_inner() / m.headdim;
     let scan = Ssd {
-        x: i.normal(s.tokens, m.d_ssm),
-        dt: i.normal(s.tokens, m.nheads()),
-        a: i.f32(1, m.nheads(), (-16.0, -1.0)),
+        x: i.normal(s.tokens, heads * m.headdim),
+        dt: i.normal(s.tokens, heads),
+        a: i.f32(1, heads, (-16.0, -1.0)),
         b: i.normal(s.tokens, m.ngroups * m.d_state),
         c: i.normal(s.tokens, m.ngroups * m.d_state),
-        d: Some(i.normal(1, m.nheads())),
+        d: Some(i.f32(1, heads, (-1.0, 1.0))),
         z: None,
-        dt_bias: Some(i.f32(1, m.nheads(), (-6.0, -2.0))),
+        dt_bias: Some(i.f32(1, heads, (-6.0, -2.0))),
         initial_state: None,
         segments: i.segments(s),
         headdim: m.headdim,
@@ -288,9 +316,9 @@ fn record_ssd(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
 fn record_causal_conv1d(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let m = s.mamba1()?;
     let conv = CausalConv1d {
-        x: i.normal(s.tokens, m.d_inner),
-        weight: i.normal(m.d_inner, m.d_conv),
-        bias: Some(i.normal(1, m.d_inner)),
+        x: i.normal(s.tokens, s.d_inner()),
+        weight: i.f32(s.d_inner(), m.d_conv, (-1.0, 1.0)),
+        bias: Some(i.f32(1, s.d_inner(), (-1.0, 1.0))),
         initial_state: None,
         segments: i.segments(s),
         silu: true,
@@ -300,20 +328,22 @@ fn record_causal_conv1d(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
 
 fn record_rms_norm(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let d = s.model.d_model;
-    let (x, residual, weight) = (i.normal(s.tokens, d), i.normal(s.tokens, d), i.normal(1, d));
+    let (x, residual) = (i.normal(s.tokens, d), i.f32(s.tokens, d, (-1.0, 1.0)));
+    let weight = i.f32(1, d, (-1.0, 1.0));
     Ok(rms_norm(&mut i.graph, x, Some(residual), Some(weight), 1e-5)?.y)
 }
 
 fn record_layer_norm(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let d = s.model.d_model;
-    let (x, residual) = (i.normal(s.tokens, d), i.normal(s.tokens, d));
-    let (weight, bias) = (i.normal(1, d), i.normal(1, d));
+    let (x, residual) = (i.normal(s.tokens, d), i.f32(s.tokens, d, (-1.0, 1.0)));
+    let (weight, bias) = (i.f32(1, d, (-1.0, 1.0)), i.f32(1, d, (-1.0, 1.0)));
     Ok(layer_norm(&mut i.graph, x, Some(residual), weight, bias, 1e-5)?.y)
 }
 
 fn record_gated_rms_norm(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let d = s.d_inner();
-    let (x, z, weight) = (i.normal(s.tokens, d), i.normal(s.tokens, d), i.normal(1, d));
+    let (x, z) = (i.normal(s.tokens, d), i.normal(s.tokens, d));
+    let weight = i.f32(1, d, (-1.0, 1.0));
     gated_rms_norm(&mut i.graph, x, z, Some(weight), d, 1e-5, false)
 }
 
@@ -330,7 +360,7 @@ fn record_embedding(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
 
 fn record_cross_entropy(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let h = i.normal(s.tokens, s.model.d_model);
-    let weight = i.f32(s.model.padded_vocab, s.model.d_model, (-0.02, 0.02));
+    let weight = i.input(i.dtype, s.model.padded_vocab, s.model.d_model, (-0.02, 0.02));
     let targets = i.i32((0..s.tokens).map(|t| (t * 7919 % s.model.vocab_size) as i32).collect());
     let scale = i.f32(1, 1, (0.5, 1.0));
     // The scale is no parameter.

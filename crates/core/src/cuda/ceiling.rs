@@ -64,7 +64,7 @@ impl Cuda {
     }
 
     /// Seconds of one call, from several enqueued together after a first one.
-    fn fastest(&self, call: impl Fn(&Cuda) -> Result<(), Error>) -> Result<f64, Error> {
+    pub(crate) fn fastest(&self, call: impl Fn(&Cuda) -> Result<(), Error>) -> Result<f64, Error> {
         let mut best = f64::INFINITY;
         for _ in 0..3 {
             call(self)?;

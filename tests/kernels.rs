@@ -1,0 +1,106 @@
+//! Every kernel that the models use compiles for every generation of GPUs, without a GPU: NVRTC is all that this needs.
+//! Where it is missing the test says so and passes, unless `HOGNOSE_TEST_NVRTC` is set, as CI does.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use hognose::{DType, ModelConfig};
+use hognose_core::cuda::compile::compile;
+use hognose_core::cuda::library::Library;
+use hognose_core::cuda::{Properties, Variant};
+use hognose_core::graph::{Layout, Recompute};
+use hognose_core::{Graph, Plan};
+use hognose_model::presets;
+use hognose_model::session::graph;
+use hognose_model::weights::Form;
+use hognose_train::step::{GradientPlan, StepShape, UpdatePlan};
+
+/// Compute capabilities: A100, H100, B200, RTX 50.
+const ARCHS: [(u32, u32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
+
+/// Programs whose kernels may keep some registers in memory, with the most bytes; each for a reason.
+const ALLOWED_SPILLS: [(&str, u32); 0] = [];
+
+/// Graphs of a model: training, a prompt, steps of one and of many sequences.
+fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {
+    let training = |dropout, recompute| StepShape {
+        form: Form::Training(dtype),
+        tokens: 4096,
+        segments: 8,
+        carry_state: false,
+        gradients: true,
+        accumulate: true,
+        dropout,
+        recompute,
+    };
+    let form = Form::Inference(dtype, Layout::Rows);
+    let mut all = vec![
+        GradientPlan::graph(config, &training(0.0, Recompute::Nothing)).unwrap(),
+        GradientPlan::graph(config, &training(0.1, Recompute::All)).unwrap(),
+        UpdatePlan::graph(1 << 20, std::iter::once(0..1000).collect(), dtype == DType::BF16).unwrap(),
+    ];
+    for (slots, tokens, rows) in [(1, 2048, 1), (1, 1, 1), (4, 4, 4), (64, 64, 64)] {
+        all.push(graph(config, form, slots, tokens, rows).unwrap());
+    }
+    // One long sequence is cut in time.
+    let long = StepShape { tokens: 32_768, segments: 1, ..training(0.0, Recompute::Nothing) };
+    all.push(GradientPlan::graph(config, &long).unwrap());
+    all
+}
+
+/// Bytes spilled by the kernels that a log speaks of.
+fn spills(log: &str) -> u32 {
+    log.lines()
+        .filter_map(|line| {
+            line.split("bytes stack frame, ").nth(1)?.split(" bytes spill stores").next()?.trim().parse::<u32>().ok()
+        })
+        .max()
+        .unwrap_or(0)
+}
+
+#[test]
+fn every_kernel_compiles_for_every_gpu() {
+    if let Err(error) = Library::Nvrtc.load() {
+        assert!(std::env::var_os("HOGNOSE_TEST_NVRTC").is_none(), "{error}");
+        eprintln!("not tested: {error}");
+        return;
+    }
+    let mut needed: HashMap<(String, (u32, u32)), Variant> = HashMap::new();
+    for arch in ARCHS {
+        let gpu = Properties::of_arch(arch);
+        for name in ["tiny", "mamba-130m", "mamba2-130m"] {
+            let config = presets::preset(name).unwrap();
+            for dtype in [DType::F32, DType::BF16] {
+                for graph in graphs(&config, dtype) {
+                    let plan = Plan::for_gpu(graph, &gpu).unwrap();
+                    let variants = plan.variants(&gpu).unwrap();
+                    needed.extend(variants.into_iter().map(|(key, variant)| ((key, arch), variant)));
+                }
+            }
+        }
+    }
+    assert!(!needed.is_empty());
+    let needed: Vec<_> = needed.into_iter().collect();
+    let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                while let Some(((key, arch), variant)) = needed.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let failure = match compile(variant, &format!("sm_{}{}", arch.0, arch.1)) {
+                        Err(error) => Some(error.to_string()),
+                        Ok(compiled) => {
+                            let most = ALLOWED_SPILLS.iter().find(|a| a.0 == variant.program.name).map_or(0, |a| a.1);
+                            let found = spills(&compiled.log);
+                            (found > most).then(|| format!("{key} for {arch:?} spills {found} bytes\n{}", compiled.log))
+                        }
+                    };
+                    failures.lock().unwrap().extend(failure);
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap();
+    assert!(failures.is_empty(), "{} of {} kernels:\n{}", failures.len(), needed.len(), failures.join("\n"));
+    eprintln!("{} kernels compiled", needed.len());
+}
