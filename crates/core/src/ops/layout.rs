@@ -1,9 +1,12 @@
 //! Ops that arrange storage: split and concat of columns (no copy wherever the plan can place the parts), copy.
 
 use crate::cpu::Cpu;
+use crate::cuda::Launcher;
+use crate::dtype::DType;
 use crate::error::Error;
-use crate::graph::{Graph, Io, Node, Op, Place, TensorId};
+use crate::graph::{Graph, Io, Mat, Node, Op, Place, TensorId};
 use crate::ops::elementwise;
+use crate::ops::elementwise::cuda::{self, Function};
 
 /// Rows that one task copies.
 const ROWS_PER_TASK: usize = 64;
@@ -152,6 +155,13 @@ impl Op for Copy {
         _wanted: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
         Ok(vec![d_outputs[0]])
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        // f32 passes through the kernel unchanged, so integers can be copied as f32.
+        let as_f32 = |m: Mat| if m.dtype == DType::I32 { Mat { dtype: DType::F32, ..m } } else { m };
+        let (from, to) = (as_f32(io.input(0)), as_f32(io.output(0)));
+        cuda::map(launcher, Function::Copy, Some(from), None, None, to, 0.0)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {

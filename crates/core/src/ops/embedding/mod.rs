@@ -16,10 +16,11 @@ use half::bf16;
 
 use crate::cpu::Cpu;
 use crate::cpu::gemm::Rhs;
+use crate::cuda::Launcher;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
-use crate::ops::gather_rows::scatter_add;
+use crate::ops::gather_rows::{cuda, scatter_add};
 use crate::ops::linear::transposed;
 
 /// Elements that one task copies, about.
@@ -56,7 +57,11 @@ impl Op for Embedding {
         _wanted: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
         let vocabulary = g.rows(node.input(1));
-        Ok(vec![None, d_outputs[0].map(|dy| scatter_add(g, dy, node.input(0), vocabulary))])
+        Ok(vec![None, d_outputs[0].map(|dy| scatter_add(g, dy, node.input(0), vocabulary, DType::F32))])
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::gather(launcher, io.input(1), io.input(0), io.output(0))
     }
 
     fn bf16_weight(&self) -> Option<usize> {

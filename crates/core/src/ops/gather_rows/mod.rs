@@ -1,18 +1,20 @@
 //! Gathering rows: `y[i] = x[rows[i]]`.
 //!
-//! x [n, d] f32, rows [1, R] i32, y [R, d]. Rows may repeat and come in any order: the last token of every segment
+//! x [n, d] f32 or bf16, rows [1, R] i32, y [R, d]. Rows may repeat and come in any order: the last token of every segment
 //! before the output projection, a scan order over a grid. A row number outside 0..n gives a row of NaN, so that it is
 //! seen; callers check what a user can cause.
 //!
 //! Gradient: `dx[r] = Σ dy[i]` over the i with `rows[i] = r`, summed in the order of i, whatever the number of threads.
 //! Both directions move memory and nothing else.
 
+pub(crate) mod cuda;
 pub mod reference;
 
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -27,20 +29,20 @@ const COLS_PER_TASK: usize = 512;
 /// Rows `rows` [1, R] of x [n, d], as [R, d].
 ///
 /// # Errors
-/// x is not f32, or the row numbers are not i32 in one row.
+/// x holds no floating-point numbers, or the row numbers are not i32 in one row.
 pub fn gather_rows(g: &mut Graph, x: TensorId, rows: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype("gather_rows", "x", x, DType::F32)?;
+    let dtype = g.expect_float("gather_rows", "x", x)?;
     g.expect_dtype("gather_rows", "the row numbers", rows, DType::I32)?;
     g.expect_shape("gather_rows", "the row numbers", rows, Some(1), None)?;
-    let y = g.new_tensor(DType::F32, g.cols(rows), g.cols(x));
+    let y = g.new_tensor(dtype, g.cols(rows), g.cols(x));
     g.push(GatherRows, vec![Some(x), Some(rows)], vec![Some(y)]);
     Ok(y)
 }
 
 /// The transpose of a gather: a tensor [n, d] of zeros with row i of `values` [R, d] added to its row `rows[i]`. Numbers
-/// outside are left out: the gather that they come from has shown them as NaN.
-pub(crate) fn scatter_add(g: &mut Graph, values: TensorId, rows: TensorId, n: usize) -> TensorId {
-    let sum = g.new_tensor(DType::F32, n, g.cols(values));
+/// outside are left out: the gather that they come from has shown them as NaN. The sum has the given type.
+pub(crate) fn scatter_add(g: &mut Graph, values: TensorId, rows: TensorId, n: usize, dtype: DType) -> TensorId {
+    let sum = g.new_tensor(dtype, n, g.cols(values));
     g.push(ScatterAdd, vec![Some(values), Some(rows)], vec![Some(sum)]);
     sum
 }
@@ -60,8 +62,12 @@ impl Op for GatherRows {
         d_outputs: &[Option<TensorId>],
         _wanted: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
-        let n = g.rows(node.input(0));
-        Ok(vec![d_outputs[0].map(|dy| scatter_add(g, dy, node.input(1), n)), None])
+        let (n, dtype) = (g.rows(node.input(0)), g.dtype(node.input(0)));
+        Ok(vec![d_outputs[0].map(|dy| scatter_add(g, dy, node.input(1), n, dtype)), None])
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::gather(launcher, io.input(0), io.input(1), io.output(0))
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -92,6 +98,14 @@ impl Op for ScatterAdd {
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         (g.rows(node.input(0)) * g.cols(node.input(0))) as f64
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        cuda::scatter_workspace(g.rows(node.input(0)), g.rows(node.output(0)))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::scatter_add(launcher, io)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {

@@ -1,7 +1,9 @@
 //! Elementwise and reduction helpers: fill, add, mul, scale, silu, −exp, column sums.
 //!
-//! All act on f32 matrices `[rows, cols]`. They serve the backward transformation and research code; wherever speed
+//! All act on matrices `[rows, cols]`, f32 or, on a GPU, bf16. They serve the backward transformation and research code; wherever speed
 //! matters, the models use fused ops instead.
+
+pub(crate) mod cuda;
 
 use half::bf16;
 
@@ -9,9 +11,11 @@ use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
+use cuda::Function;
 
 /// Elements that one task handles, about.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -44,20 +48,20 @@ pub fn mul(g: &mut Graph, a: TensorId, b: TensorId) -> Result<TensorId, Error> {
 
 /// factor · x.
 pub fn scale(g: &mut Graph, x: TensorId, factor: f32) -> Result<TensorId, Error> {
-    g.expect_dtype("scale", "x", x, DType::F32)?;
-    let out = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+    let dtype = g.expect_float("scale", "x", x)?;
+    let out = g.new_tensor(dtype, g.rows(x), g.cols(x));
     g.push(Scale { factor }, vec![Some(x)], vec![Some(out)]);
     Ok(out)
 }
 
 /// s · x for a scalar tensor `s` [1, 1]; x itself where s is known to be one. Differentiable in x only: it serves gradients that scale with a loss's.
 pub fn scale_by(g: &mut Graph, x: TensorId, s: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype("scale_by", "x", x, DType::F32)?;
+    let dtype = g.expect_float("scale_by", "x", x)?;
     g.expect_f32("scale_by", "s", s, Some(1), Some(1))?;
     if g.constant(s) == Some(1.0) {
         return Ok(x);
     }
-    let out = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+    let out = g.new_tensor(dtype, g.rows(x), g.cols(x));
     g.push(ScaleBy, vec![Some(x), Some(s)], vec![Some(out)]);
     Ok(out)
 }
@@ -73,24 +77,24 @@ pub fn neg_exp(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
 }
 
 fn unary(g: &mut Graph, op: Unary, x: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype(op.name(), "x", x, DType::F32)?;
-    let out = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+    let dtype = g.expect_float(op.name(), "x", x)?;
+    let out = g.new_tensor(dtype, g.rows(x), g.cols(x));
     g.push(op, vec![Some(x)], vec![Some(out)]);
     Ok(out)
 }
 
-/// Sums over rows: x [rows, cols] → [1, cols]. The order of summation depends on the shape only.
+/// Sums over rows: x [rows, cols] → [1, cols] in f32. The order of summation depends on the shape only.
 pub fn column_sums(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype("column_sums", "x", x, DType::F32)?;
+    g.expect_float("column_sums", "x", x)?;
     let out = g.new_tensor(DType::F32, 1, g.cols(x));
     g.push(ColumnSums, vec![Some(x)], vec![Some(out)]);
     Ok(out)
 }
 
 fn binary(g: &mut Graph, op: Binary, a: TensorId, b: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype(op.name(), "a", a, DType::F32)?;
-    g.expect_f32(op.name(), "b", b, Some(g.rows(a)), Some(g.cols(a)))?;
-    let out = g.new_tensor(DType::F32, g.rows(a), g.cols(a));
+    let dtype = g.expect_float(op.name(), "a", a)?;
+    g.expect(op.name(), "b", b, dtype, Some(g.rows(a)), Some(g.cols(a)))?;
+    let out = g.new_tensor(dtype, g.rows(a), g.cols(a));
     g.push(op, vec![Some(a), Some(b)], vec![Some(out)]);
     Ok(out)
 }
@@ -117,6 +121,10 @@ impl Op for Fill {
 
     fn constant(&self) -> Option<f32> {
         Some(self.value)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::fill(launcher, io.output(0), self.value)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -171,6 +179,14 @@ impl Op for Binary {
         (g.rows(node.output(0)) * g.cols(node.output(0))) as f64
     }
 
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        let function = match self {
+            Binary::Add => Function::Add,
+            Binary::Mul => Function::Mul,
+        };
+        cuda::map(launcher, function, Some(io.input(0)), Some(io.input(1)), None, io.output(0), 0.0)
+    }
+
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         let (a, b, out) = (io.input(0), io.input(1), io.output(0));
         cpu.pool.chunks(out.rows, rows_per_task(out.cols), |rows| {
@@ -210,6 +226,10 @@ impl Op for Scale {
         }])
     }
 
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::map(launcher, Function::Scale, Some(io.input(0)), None, None, io.output(0), self.factor)
+    }
+
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         scale_rows(io.input(0), io.output(0), self.factor, cpu);
     }
@@ -240,6 +260,10 @@ impl Op for ScaleBy {
             },
             None,
         ])
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::map(launcher, Function::ScaleBy, Some(io.input(0)), None, Some(io.input(1)), io.output(0), 0.0)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -288,7 +312,7 @@ impl Op for Unary {
         let x = node.input(0);
         Ok(vec![Some(match self {
             Unary::Silu => {
-                let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+                let dx = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
                 g.push(Unary::SiluGrad, vec![Some(x), Some(d)], vec![Some(dx)]);
                 dx
             }
@@ -299,6 +323,15 @@ impl Op for Unary {
                 return Err(Error::Unsupported { op: self.name(), message });
             }
         })])
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        let function = match self {
+            Unary::Silu => Function::Silu,
+            Unary::SiluGrad => Function::SiluGrad,
+            Unary::NegExp => Function::NegExp,
+        };
+        cuda::map(launcher, function, Some(io.input(0)), io.optional_input(1), None, io.output(0), 0.0)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -349,6 +382,15 @@ impl Op for ColumnSums {
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {
         let x = node.input(0);
         g.rows(x).div_ceil(ROWS_PER_SUM) * g.cols(x) * 4
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        let x = node.input(0);
+        cuda::column_sums_workspace(g.rows(x), g.cols(x))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::column_sums(launcher, io)
     }
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
