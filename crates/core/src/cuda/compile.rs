@@ -61,9 +61,11 @@ pub struct Compiled {
 pub fn compile(variant: &Variant, arch: &str) -> Result<Compiled, Error> {
     Library::Nvrtc.load()?;
     let failed = |what: &str| Error::Cuda(format!("{}: {what}", variant.key()));
-    let source =
-        CString::new(format!("{PRELUDE}\n#line 1 \"{}/kernel.cu\"\n{}", variant.program.name, variant.program.source))
-            .map_err(|_| failed("the source holds a zero byte"))?;
+    // Macros come after the compiler's own header, whose template parameters have names like `T`, too.
+    let defines: String = variant.defines.iter().map(|(name, value)| format!("#define {name} {value}\n")).collect();
+    let Program { name, source } = variant.program;
+    let source = CString::new(format!("{PRELUDE}\n{defines}#line 1 \"{name}/kernel.cu\"\n{source}"))
+        .map_err(|_| failed("the source holds a zero byte"))?;
     let mut options: Vec<CString> = Vec::new();
     let mut option = |text: String| -> Result<(), Error> {
         options.push(CString::new(text).map_err(|_| failed("an option holds a zero byte"))?);
@@ -72,9 +74,6 @@ pub fn compile(variant: &Variant, arch: &str) -> Result<Compiled, Error> {
     option(format!("--gpu-architecture={arch}"))?;
     option("--std=c++17".into())?;
     option("--ptxas-options=-v".into())?;
-    for (name, value) in &variant.defines {
-        option(format!("-D{name}={value}"))?;
-    }
     let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
     // SAFETY: all pointers are valid for the calls, sizes are asked for before buffers are filled, and the program is
     // destroyed once.

@@ -11,19 +11,21 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
 
 const NAME: &str = "causal_conv1d";
 
-/// Operands and options of [`causal_conv1d`]. T tokens, D channels, filters of W taps, S segments; all but the offsets
-/// are f32.
+/// Operands and options of [`causal_conv1d`]. T tokens, D channels, filters of W taps, S segments. All but the offsets
+/// are f32; x may be bf16 on a GPU, and y is of its type.
 #[derive(Clone, Copy, Debug)]
 pub struct CausalConv1d {
     /// The input `[T, D]`.
@@ -57,7 +59,7 @@ pub struct Convolved {
 /// An operand of another shape or type, or filters without taps.
 pub fn causal_conv1d(g: &mut Graph, conv: CausalConv1d) -> Result<Convolved, Error> {
     let (tokens, channels) = (g.rows(conv.x), g.cols(conv.x));
-    g.expect_dtype(NAME, "x", conv.x, DType::F32)?;
+    let dtype = g.expect_float(NAME, "x", conv.x)?;
     g.expect_f32(NAME, "the weight", conv.weight, Some(channels), None)?;
     let width = g.cols(conv.weight);
     if width == 0 {
@@ -72,7 +74,7 @@ pub fn causal_conv1d(g: &mut Graph, conv: CausalConv1d) -> Result<Convolved, Err
     if let Some(initial) = conv.initial_state {
         g.expect_f32(NAME, "the initial state", initial, Some(segments), Some(state))?;
     }
-    let y = g.new_tensor(DType::F32, tokens, channels);
+    let y = g.new_tensor(dtype, tokens, channels);
     let final_state = g.new_tensor(DType::F32, segments, state);
     let inputs = vec![Some(conv.x), Some(conv.weight), Some(conv.segments), conv.bias, conv.initial_state];
     g.push(Forward { width, silu: conv.silu }, inputs, vec![Some(y), Some(final_state)]);
@@ -114,7 +116,7 @@ impl Op for Forward {
             // The final state holds inputs only.
             let flows = dy.is_some() || matches!(i, X | INITIAL_STATE);
             if let Some(input) = node.inputs[i].filter(|_| wanted[i] && flows && i != SEGMENTS) {
-                *gradient = Some(g.new_tensor(DType::F32, g.rows(input), g.cols(input)));
+                *gradient = Some(g.new_tensor(g.dtype(input), g.rows(input), g.cols(input)));
             }
         }
         let mut inputs = node.inputs.clone();
@@ -134,6 +136,10 @@ impl Op for Forward {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self, io, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
     }
 }
 
@@ -166,5 +172,13 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(self, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        cuda::gradient_workspace(&self.forward, g.rows(node.input(X)), g.cols(node.input(X)))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(self, io, launcher)
     }
 }

@@ -1,6 +1,6 @@
 //! Launches of the elementwise kernels.
 
-use crate::cuda::{Arg, Kernel, Launcher, Program};
+use crate::cuda::{Kernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Io, Mat};
@@ -106,26 +106,33 @@ pub(super) fn column_sums(launcher: &mut Launcher<'_>, io: &Io<'_>) -> Result<()
     let (x, out) = (io.input(0), io.output(0));
     let per_part = rows_per_part(x.rows);
     let parts = x.rows.div_ceil(per_part);
-    let part: Arg = io.workspace().0.into();
-    let kernel = |entry| {
-        Kernel::new(&PROGRAM, entry)
-            .define_type("TA", x.dtype)
-            .define_type("TO", DType::F32)
-            .define("V", 1)
-            .define("OP", Function::Add as usize)
-            .define("ROWS", per_part)
-            .threads(THREADS as u32)
-    };
-    launcher.launch(kernel("sum_rows").grid(x.cols.div_ceil(32), parts, 1).args([
-        x.into(),
-        part,
-        x.rows.into(),
-        x.cols.into(),
-    ]))?;
-    launcher.launch(kernel("sum_parts").grid(x.cols.div_ceil(THREADS), 1, 1).args([
-        part,
+    let part = io.workspace().0;
+    launcher.launch(
+        reduction("sum_rows", x.dtype, per_part).grid(x.cols.div_ceil(32), parts, 1).threads(THREADS as u32).args([
+            x.into(),
+            part.into(),
+            x.rows.into(),
+            x.cols.into(),
+        ]),
+    )?;
+    sum_parts(launcher, part, parts, out)
+}
+
+/// out [1, cols] = the sum over `parts` rows of partial sums in scratch memory.
+pub(crate) fn sum_parts(launcher: &mut Launcher<'_>, part: *mut u8, parts: usize, out: Mat) -> Result<(), Error> {
+    launcher.launch(reduction("sum_parts", DType::F32, ROWS).grid(out.cols.div_ceil(32), 1, 1).threads(1024).args([
+        part.into(),
         out.into(),
         parts.into(),
-        x.cols.into(),
+        out.cols.into(),
     ]))
+}
+
+fn reduction(entry: &'static str, dtype: DType, rows: usize) -> Kernel {
+    Kernel::new(&PROGRAM, entry)
+        .define_type("TA", dtype)
+        .define_type("TO", DType::F32)
+        .define("V", 1)
+        .define("OP", Function::Add as usize)
+        .define("ROWS", rows)
 }

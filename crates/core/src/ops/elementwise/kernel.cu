@@ -77,11 +77,19 @@ KERNEL __launch_bounds__(256) sum_rows(Mat<TA> x, float* part, i64 rows, i64 col
     }
 }
 
-// out [1, cols]: the sum over the parts, in order.
-KERNEL __launch_bounds__(256) sum_parts(const float* part, Mat<float> out, i64 parts, i64 cols) {
-    i64 col = static_cast<i64>(blockIdx.x) * 256 + threadIdx.x;
-    if (col >= cols) return;
+// out [1, cols]: the sum over the parts. 32 threads a column each add every 32nd part, then their sums are added in order.
+KERNEL __launch_bounds__(1024) sum_parts(const float* part, Mat<float> out, i64 parts, i64 cols) {
+    __shared__ float sums[32][33];
+    int lane = threadIdx.x % 32, part_of = threadIdx.x / 32;
+    i64 col = static_cast<i64>(blockIdx.x) * 32 + lane;
     float sum = 0.0f;
-    for (i64 p = 0; p < parts; p++) sum += part[p * cols + col];
-    out.data[col] = sum;
+    if (col < cols) {
+        for (i64 p = part_of; p < parts; p += 32) sum += part[p * cols + col];
+    }
+    sums[part_of][lane] = sum;
+    __syncthreads();
+    // Transposed, so that a warp adds up one column.
+    sum = warp_sum(sums[lane][part_of]);
+    col = static_cast<i64>(blockIdx.x) * 32 + part_of;
+    if (lane == 0 && col < cols) out.data[col] = sum;
 }

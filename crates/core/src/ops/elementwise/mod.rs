@@ -46,6 +46,17 @@ pub fn mul(g: &mut Graph, a: TensorId, b: TensorId) -> Result<TensorId, Error> {
     binary(g, Binary::Mul, a, b)
 }
 
+/// x rounded or widened to another type.
+///
+/// # Errors
+/// Integers.
+pub fn cast(g: &mut Graph, x: TensorId, dtype: DType) -> Result<TensorId, Error> {
+    g.expect_float("cast", "x", x)?;
+    let out = g.new_tensor(dtype, g.rows(x), g.cols(x));
+    g.push(Cast, vec![Some(x)], vec![Some(out)]);
+    Ok(out)
+}
+
 /// factor · x.
 pub fn scale(g: &mut Graph, x: TensorId, factor: f32) -> Result<TensorId, Error> {
     let dtype = g.expect_float("scale", "x", x)?;
@@ -200,6 +211,35 @@ impl Op for Binary {
                 }
             }
         });
+    }
+}
+
+#[derive(Debug)]
+struct Cast;
+
+impl Op for Cast {
+    fn name(&self) -> &'static str {
+        "cast"
+    }
+
+    fn backward(
+        &self,
+        g: &mut Graph,
+        node: &Node,
+        d_outputs: &[Option<TensorId>],
+        _: &[bool],
+    ) -> Result<Vec<Option<TensorId>>, Error> {
+        let dtype = g.dtype(node.input(0));
+        Ok(vec![d_outputs[0].map(|d| cast(g, d, dtype)).transpose()?])
+    }
+
+    /// Both types are f32: the plan of a CPU refuses bf16 activations.
+    fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
+        scale_rows(io.input(0), io.output(0), 1.0, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::map(launcher, Function::Copy, Some(io.input(0)), None, None, io.output(0), 0.0)
     }
 }
 

@@ -6,7 +6,8 @@
 //! LayerNorm: y = (s − mean(s)) / √(var(s) + ε) ⊙ weight + bias   Ba, Kiros & Hinton, 2016
 //! ```
 //!
-//! x, residual, s, y: [rows, width]; weight, bias: [1, width]; all f32. Means run over the columns of one row, and
+//! x, residual, s, y: [rows, width]; weight, bias: [1, width]; all f32, but x and y may be bf16 on a GPU, where the
+//! residual stream, s, stays f32. Means run over the columns of one row, and
 //! the variance is the biased one, so a row's result depends on that row alone. The new residual s is an output of
 //! its own: the next block adds to it.
 //!
@@ -23,15 +24,18 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 pub mod reference;
 
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
+use crate::ops::elementwise;
 
 /// What a norm gives back.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +46,7 @@ pub struct Normed {
     pub residual: TensorId,
 }
 
-/// RMSNorm of x (+ residual), scaled by `weight` [1, width] if there is one.
+/// RMSNorm of x (+ residual), scaled by `weight` [1, width] if there is one, in the type of x.
 ///
 /// # Errors
 /// Operands of other shapes or types, rows of no columns, an ε that is negative or not finite.
@@ -53,7 +57,23 @@ pub fn rms_norm(
     weight: Option<TensorId>,
     eps: f32,
 ) -> Result<Normed, Error> {
-    norm(g, Norm { kind: Kind::Rms, eps }, x, residual, weight, None)
+    let dtype = g.dtype(x);
+    rms_norm_to(g, x, residual, weight, eps, dtype)
+}
+
+/// [`rms_norm`] with a result of another type: the first norm of a model reads an embedding in f32.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rms_norm_to(
+    g: &mut Graph,
+    x: TensorId,
+    residual: Option<TensorId>,
+    weight: Option<TensorId>,
+    eps: f32,
+    dtype: DType,
+) -> Result<Normed, Error> {
+    norm(g, Norm { kind: Kind::Rms, eps }, x, residual, [weight, None], dtype)
 }
 
 /// LayerNorm of x (+ residual), scaled by `weight` and shifted by `bias`, both [1, width].
@@ -68,7 +88,23 @@ pub fn layer_norm(
     bias: TensorId,
     eps: f32,
 ) -> Result<Normed, Error> {
-    norm(g, Norm { kind: Kind::Layer, eps }, x, residual, Some(weight), Some(bias))
+    let dtype = g.dtype(x);
+    layer_norm_to(g, x, residual, [weight, bias], eps, dtype)
+}
+
+/// [`layer_norm`] by weight and bias, with a result of another type.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn layer_norm_to(
+    g: &mut Graph,
+    x: TensorId,
+    residual: Option<TensorId>,
+    parameters: [TensorId; 2],
+    eps: f32,
+    dtype: DType,
+) -> Result<Normed, Error> {
+    norm(g, Norm { kind: Kind::Layer, eps }, x, residual, parameters.map(Some), dtype)
 }
 
 fn norm(
@@ -76,12 +112,12 @@ fn norm(
     op: Norm,
     x: TensorId,
     residual: Option<TensorId>,
-    weight: Option<TensorId>,
-    bias: Option<TensorId>,
+    [weight, bias]: [Option<TensorId>; 2],
+    dtype: DType,
 ) -> Result<Normed, Error> {
     let name = op.name();
     let (rows, cols) = (g.rows(x), g.cols(x));
-    g.expect_dtype(name, "x", x, DType::F32)?;
+    g.expect_float(name, "x", x)?;
     if cols == 0 {
         let (expected, found) = ("at least one column wide".into(), format!("[{rows}, 0]"));
         return Err(Error::Shape { op: name, what: "x", expected, found });
@@ -98,7 +134,7 @@ fn norm(
         let message = format!("eps must be a finite number of at least 0, but is {}", op.eps);
         return Err(Error::Unsupported { op: name, message });
     }
-    let y = g.new_tensor(DType::F32, rows, cols);
+    let y = g.new_tensor(dtype, rows, cols);
     let s = residual.map(|_| g.new_tensor(DType::F32, rows, cols));
     g.push(op, vec![Some(x), residual, weight, bias], vec![Some(y), s]);
     Ok(Normed { y, residual: s.unwrap_or(x) })
@@ -135,15 +171,22 @@ impl Op for Norm {
         let [dy, ds] = [d_outputs[0], d_outputs[1]];
         let Some(dy) = dy else {
             // Only the sum is used: its gradient goes straight to both parts of it.
-            return Ok(vec![ds, ds, None, None]);
+            let dtype = g.dtype(node.input(0));
+            let dx = ds.map(|ds| if dtype == DType::F32 { Ok(ds) } else { elementwise::cast(g, ds, dtype) });
+            return Ok(vec![dx.transpose()?, ds, None, None]);
         };
         let s = node.outputs[1].unwrap_or(node.input(0));
         let (rows, cols) = (g.rows(s), g.cols(s));
-        let mut gradient = |wanted: bool, rows: usize| wanted.then(|| g.new_tensor(DType::F32, rows, cols));
-        let dx = gradient(wanted[0] || wanted[1], rows);
-        let (dweight, dbias) = (gradient(wanted[2], 1), gradient(wanted[3], 1));
-        g.push(NormGrad(*self), vec![Some(s), node.inputs[2], Some(dy), ds], vec![dx, dweight, dbias]);
-        Ok(vec![dx, dx, dweight, dbias])
+        let x_dtype = g.dtype(node.input(0));
+        let mut gradient = |wanted: bool, dtype: DType, rows: usize| wanted.then(|| g.new_tensor(dtype, rows, cols));
+        // The gradients of x and of the residual are the same numbers; they differ where their types do.
+        let separate = x_dtype != DType::F32;
+        let dx = gradient(wanted[0] || wanted[1] && !separate, x_dtype, rows);
+        let dresidual = gradient(wanted[1] && separate, DType::F32, rows);
+        let (dweight, dbias) = (gradient(wanted[2], DType::F32, 1), gradient(wanted[3], DType::F32, 1));
+        let outputs = vec![dx, dweight, dbias, dresidual];
+        g.push(NormGrad(*self), vec![Some(s), node.inputs[2], Some(dy), ds], outputs);
+        Ok(vec![dx, dresidual.or(dx), dweight, dbias])
     }
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
@@ -158,9 +201,13 @@ impl Op for Norm {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self, io, cpu);
     }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
+    }
 }
 
-/// Inputs s, weight?, dy, ds?; outputs dx?, dweight?, dbias?.
+/// Inputs s, weight?, dy, ds?; outputs dx?, dweight?, dbias?, and dresidual? where its type is not that of dx.
 #[derive(Clone, Copy, Debug)]
 struct NormGrad(Norm);
 
@@ -188,5 +235,14 @@ impl Op for NormGrad {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(&self.0, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        let (s, parts) = (node.input(0), node.outputs[1..3].iter().flatten().count());
+        cuda::gradient_workspace(g.rows(s), g.cols(s), parts, gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(&self.0, io, launcher)
     }
 }
