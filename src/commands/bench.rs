@@ -220,7 +220,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         let start = Instant::now();
         let loss = plan.run(device, &arena, weights, Some(&gradients), &inputs)?;
         let hyper = Hyper { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 };
-        update.run(device, &arena, [weights.buffer(), &gradients, &m, &v], &hyper, pass + 1)?;
+        update.run(device, &arena, weights, [&gradients, &m, &v], &hyper, pass + 1)?;
         anyhow::ensure!(loss.is_finite(), "the loss is not finite");
         if pass > 0 {
             seconds.push(start.elapsed().as_secs_f64());

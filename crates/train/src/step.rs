@@ -244,7 +244,8 @@ impl UpdatePlan {
         let norm = adamw::global_norm(&mut graph, grads)?;
         // The norm is read by the update and by the caller.
         graph.output(NORM, norm)?;
-        adamw::adamw(&mut graph, AdamW { params, grads, m, v, hyper, norm, decayed })?;
+        let rounded = rounded.then(|| graph.external("rounded", DType::BF16, 1, n));
+        adamw::adamw(&mut graph, AdamW { params, grads, m, v, hyper, norm, decayed, rounded })?;
         Ok(graph)
     }
 
@@ -253,25 +254,27 @@ impl UpdatePlan {
         &self.plan
     }
 
-    /// Does update number `step` (from 1) on the buffers of parameters, gradients, first and second moments, and returns
-    /// the gradient's norm before clipping. If that is not finite, nothing changes.
+    /// Does update number `step` (from 1) on the parameters with the buffers of gradients, first and second moments, and
+    /// returns the gradient's norm before clipping. If that is not finite, nothing changes.
     pub fn run(
         &self,
         device: &Device,
         arena: &Buffer,
-        buffers: [&Buffer; 4],
+        weights: &Weights,
+        buffers: [&Buffer; 3],
         hyper: &Hyper,
         step: u64,
     ) -> Result<f32, Error> {
         self.io.write(0, &hyper.row(step));
-        let [params, grads, m, v] = buffers.map(Buffer::slice);
+        let [grads, m, v] = buffers.map(Buffer::slice);
         let bindings: Vec<Slice<'_>> = self
             .plan
             .graph()
             .externals()
             .iter()
             .map(|e| match e.name.as_str() {
-                "params" => params,
+                "params" => weights.buffer().slice(),
+                "rounded" => weights.rounded().unwrap_or(&self.io).slice(),
                 "grads" => grads,
                 "m" => m,
                 "v" => v,

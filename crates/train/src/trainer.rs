@@ -378,8 +378,8 @@ impl Trainer {
             weight_decay: optimizer.weight_decay as f32,
             max_norm: optimizer.clip as f32,
         };
-        let buffers = [self.model.weights.buffer(), &self.gradients, &self.m, &self.v];
-        let norm = self.update.run(&self.model.device, &self.arena, buffers, &hyper, step + 1)?;
+        let (Model { device, weights, .. }, buffers) = (&self.model, [&self.gradients, &self.m, &self.v]);
+        let norm = self.update.run(device, &self.arena, weights, buffers, &hyper, step + 1)?;
         if !norm.is_finite() {
             return Err(self.not_finite(run, "the gradient"));
         }

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::graph::Mat;
 
 /// One argument of a kernel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Arg {
     /// `Mat<T>`: address and stride; a missing operand is a null address.
     Mat(u64, i64),
@@ -28,6 +28,8 @@ pub enum Arg {
     I64(i64),
     /// `float`
     F32(f32),
+    /// A structure of 64-bit numbers.
+    Table(Vec<u64>),
 }
 
 impl From<Mat> for Arg {
@@ -222,9 +224,17 @@ impl<'a> Launcher<'a> {
                 Arg::I32(v) => [u64::from(v as u32), 0],
                 Arg::I64(v) => [v as u64, 0],
                 Arg::F32(v) => [u64::from(v.to_bits()), 0],
+                Arg::Table(_) => [0; 2],
             })
             .collect();
-        let mut params: Vec<*mut c_void> = values.iter_mut().map(|v| v.as_mut_ptr().cast()).collect();
+        let param = |(arg, value): (&Arg, &mut [u64; 2])| -> *mut c_void {
+            match arg {
+                // The driver only reads it.
+                Arg::Table(table) => table.as_ptr().cast_mut().cast(),
+                _ => value.as_mut_ptr().cast(),
+            }
+        };
+        let mut params: Vec<*mut c_void> = kernel.args.iter().zip(&mut values).map(param).collect();
         // SAFETY: all zeros is a valid value of this plain structure.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;

@@ -12,7 +12,7 @@ use hognose_core::ops::dropout::dropout;
 use hognose_core::ops::embedding::embedding;
 use hognose_core::ops::gather_rows::gather_rows;
 use hognose_core::ops::linear::{linear, linear_to};
-use hognose_core::ops::norm::{layer_norm, rms_norm};
+use hognose_core::ops::norm::{layer_norm_to, rms_norm_to};
 use hognose_core::{DType, Error, Graph, TensorId};
 
 use crate::config::{Mixer, ModelConfig, NormKind, ParamSpec};
@@ -141,12 +141,12 @@ impl<'a> Recorder<'a> {
     /// Norm of `x` + the residual stream; returns (normed, new residual stream).
     fn norm(&mut self, name: &str, x: TensorId, residual: Option<TensorId>) -> Result<(TensorId, TensorId), Error> {
         let weight = self.param(&format!("{name}.weight"));
-        let eps = self.config.norm_eps;
+        let (eps, dtype) = (self.config.norm_eps, self.form.activations());
         let out = match self.config.norm {
-            NormKind::RmsNorm => rms_norm(&mut self.graph, x, residual, Some(weight), eps)?,
+            NormKind::RmsNorm => rms_norm_to(&mut self.graph, x, residual, Some(weight), eps, dtype)?,
             NormKind::LayerNorm => {
                 let bias = self.param(&format!("{name}.bias"));
-                layer_norm(&mut self.graph, x, residual, weight, bias, eps)?
+                layer_norm_to(&mut self.graph, x, residual, [weight, bias], eps, dtype)?
             }
         };
         Ok((out.y, out.residual))

@@ -3,9 +3,11 @@
 //! Blocks of a fixed size are summed in [`LANES`] interleaved sums, then in order, so the bits depend on the numbers
 //! alone. Squares of f32 never overflow in f64; the norm is infinite or NaN only if a gradient is, or if it exceeds f32.
 
+use super::cuda;
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::simd::Simd;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -46,6 +48,14 @@ impl Op for GlobalNorm {
 
     fn workspace(&self, g: &Graph, node: &Node, _: &Cpu) -> usize {
         g.cols(node.input(0)).div_ceil(BLOCK) * size_of::<f64>()
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        cuda::norm_workspace(g.cols(node.input(0)))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::norm(io, launcher)
     }
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {

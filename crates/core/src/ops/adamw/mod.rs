@@ -17,6 +17,7 @@
 //! norm.
 
 mod cpu;
+mod cuda;
 mod global_norm;
 pub mod reference;
 
@@ -28,6 +29,8 @@ use std::ops::Range;
 pub use global_norm::global_norm;
 
 use crate::cpu::Cpu;
+use crate::cuda::Launcher;
+use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
 
@@ -79,6 +82,8 @@ pub struct AdamW {
     pub norm: TensorId,
     /// The parameters that decay.
     pub decayed: Vec<Range<usize>>,
+    /// On a GPU: an external [1, n] in bf16 that receives the new parameters, rounded.
+    pub rounded: Option<TensorId>,
 }
 
 /// One step of AdamW. Returns the new parameters, stored over the old ones.
@@ -86,7 +91,7 @@ pub struct AdamW {
 /// # Errors
 /// Operands of other shapes or types, parameters or moments that are not external, ranges outside of 0..n.
 pub fn adamw(g: &mut Graph, step: AdamW) -> Result<TensorId, Error> {
-    let AdamW { params, grads, m, v, hyper, norm, decayed } = step;
+    let AdamW { params, grads, m, v, hyper, norm, decayed, rounded } = step;
     let n = g.cols(params);
     for (what, t) in [("the parameters", params), ("the gradients", grads), ("m", m), ("v", v)] {
         g.expect_f32("adamw", what, t, Some(1), Some(n))?;
@@ -94,11 +99,14 @@ pub fn adamw(g: &mut Graph, step: AdamW) -> Result<TensorId, Error> {
     g.expect_f32("adamw", "the hyperparameters", hyper, Some(1), Some(HYPER_LEN))?;
     g.expect_f32("adamw", "the norm", norm, Some(1), Some(1))?;
     let decayed = merge(decayed, n)?;
-    let outputs = [params, m, v].map(|t| g.in_place(t));
-    let [new_params, new_m, new_v] = outputs;
-    let outputs = [new_params?, new_m?, new_v?];
-    g.push(Step { decayed }, [params, grads, m, v, hyper, norm].map(Some).to_vec(), outputs.map(Some).to_vec());
-    Ok(outputs[0])
+    if let Some(rounded) = rounded {
+        g.expect("adamw", "the rounded parameters", rounded, DType::BF16, Some(1), Some(n))?;
+    }
+    let [new_params, new_m, new_v] = [params, m, v].map(|t| g.in_place(t));
+    let (new_params, rounded) = (new_params?, rounded.map(|t| g.in_place(t)).transpose()?);
+    let outputs = vec![Some(new_params), Some(new_m?), Some(new_v?), rounded];
+    g.push(Step { decayed }, [params, grads, m, v, hyper, norm].map(Some).to_vec(), outputs);
+    Ok(new_params)
 }
 
 /// The ranges in order and without overlaps.
@@ -118,7 +126,7 @@ fn merge(mut ranges: Vec<Range<usize>>, n: usize) -> Result<Vec<Range<usize>>, E
     Ok(merged)
 }
 
-/// Inputs params, grads, m, v, hyper, norm; outputs params, m, v in place.
+/// Inputs params, grads, m, v, hyper, norm; outputs params, m, v in place, and the rounded copy.
 #[derive(Debug)]
 struct Step {
     decayed: Vec<Range<usize>>,
@@ -146,5 +154,9 @@ impl Op for Step {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(&self.decayed, io, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::step(&self.decayed, io, launcher)
     }
 }

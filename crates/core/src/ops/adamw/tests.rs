@@ -20,7 +20,7 @@ fn step_graph(n: usize, decayed: Vec<Range<usize>>) -> Result<Graph, Error> {
     let [params, grads, m, v] = ["params", "grads", "m", "v"].map(|name| g.external(name, DType::F32, 1, n));
     let hyper = g.external("hyper", DType::F32, 1, super::HYPER_LEN);
     let norm = global_norm(&mut g, grads)?;
-    adamw(&mut g, AdamW { params, grads, m, v, hyper, norm, decayed })?;
+    adamw(&mut g, AdamW { params, grads, m, v, hyper, norm, decayed, rounded: None })?;
     g.output("norm", norm)?;
     Ok(g)
 }
@@ -171,7 +171,7 @@ fn wrong_operands_are_named_errors() {
     let inner = g.new_tensor(DType::F32, 1, 4);
     let (hyper, norm) = (g.new_tensor(DType::F32, 1, 8), g.new_tensor(DType::F32, 1, 1));
     let mut with = |params: TensorId| {
-        let step = AdamW { params, grads: inner, m: inner, v: inner, hyper, norm, decayed: vec![] };
+        let step = AdamW { params, grads: inner, m: inner, v: inner, hyper, norm, decayed: vec![], rounded: None };
         adamw(&mut g, step).unwrap_err().to_string()
     };
     assert_eq!(with(inner), "in_place: only external tensors can be updated in place");

@@ -98,7 +98,7 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     let sums = dweight.is_some() || dbias.is_some();
     if dx.is_some() || sums {
         let part = if sums { Arg::from(parts) } else { Arg::Ptr(0) };
-        let kernel = launch.kernel("convolve_grad", runs).args(operands);
+        let kernel = launch.kernel("convolve_grad", runs).args(operands.clone());
         launcher.launch(kernel.args([dx.into(), part, x.rows.into(), x.cols.into(), (segments as i32).into()]))?;
     }
     if sums {

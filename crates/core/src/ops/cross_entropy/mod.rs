@@ -5,7 +5,7 @@
 //! dlogits[t, v] = scale · (softmax(logits[t])[v] − [v = target[t]]);   dh = dlogits · W;   dW = dlogitsᵀ · h
 //! ```
 //!
-//! h [T, d] f32; W [V, d], f32 by rows, or packed (f32 or bf16) where no gradient is asked for; targets [1, T] i32, −1
+//! h [T, d] f32, or bf16 on a GPU; W [V, d], of h's type by rows, or packed (f32 or bf16) where no gradient is asked for; targets [1, T] i32, −1
 //! for tokens that predict nothing; scale [1, 1] f32, one over the number of predicted tokens of the whole batch. All V
 //! rows take part in the softmax, those that only pad the vocabulary too. A target outside of −1..V makes the token's
 //! nll, the loss and the gradients NaN; callers check what a user can cause.
@@ -18,12 +18,14 @@
 //! reads W twice (to pack it) and reads and writes dW, which larger blocks make up for.
 
 mod cpu;
+mod cuda;
 pub mod reference;
 
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Node, Op, TensorId};
@@ -74,19 +76,20 @@ pub fn cross_entropy_in_blocks(g: &mut Graph, inputs: CrossEntropy, block: usize
     const OP: &str = "cross_entropy";
     let CrossEntropy { h, weight, targets, scale, with_gradient } = inputs;
     let (tokens, vocabulary, d) = (g.rows(h), g.rows(weight), g.cols(weight));
-    g.expect_f32(OP, "h", h, None, Some(d))?;
+    let h_dtype = g.expect_float(OP, "h", h)?;
+    g.expect_shape(OP, "h", h, None, Some(d))?;
     g.expect_dtype(OP, "the targets", targets, DType::I32)?;
     g.expect_shape(OP, "the targets", targets, Some(1), Some(tokens))?;
     g.expect_f32(OP, "the scale", scale, Some(1), Some(1))?;
     let (dtype, layout) = (g.dtype(weight), g.tensor(weight).layout);
     let fits = match (dtype, layout) {
-        (DType::F32, Layout::Rows) => true,
+        (dtype, Layout::Rows) => dtype == h_dtype,
         (DType::F32 | DType::BF16, Layout::Panels) => !with_gradient,
         _ => false,
     };
     if !fits {
         let or = if with_gradient { " to have a gradient" } else { ", or f32 or bf16 in panels" };
-        let message = format!("the weight must be f32 by rows{or}, but is {dtype} {layout:?}");
+        let message = format!("the weight must be {h_dtype} by rows{or}, but is {dtype} {layout:?}");
         return Err(Error::Unsupported { op: OP, message });
     }
     if vocabulary == 0 || block == 0 {
@@ -95,7 +98,7 @@ pub fn cross_entropy_in_blocks(g: &mut Graph, inputs: CrossEntropy, block: usize
     }
     let loss = g.new_tensor(DType::F32, 1, 1);
     let nll = g.new_tensor(DType::F32, 1, tokens);
-    let dh = with_gradient.then(|| g.new_tensor(DType::F32, tokens, d));
+    let dh = with_gradient.then(|| g.new_tensor(h_dtype, tokens, d));
     let dw = with_gradient.then(|| g.new_tensor(DType::F32, vocabulary, d));
     let operands = [h, weight, targets, scale].map(Some).to_vec();
     g.push(Fused { block }, operands, vec![Some(loss), Some(nll), dh, dw]);
@@ -157,5 +160,14 @@ impl Op for Fused {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self.block, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        let (h, weight) = (node.input(0), node.input(1));
+        cuda::workspace(g.rows(h), g.rows(weight), g.dtype(h))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(io, launcher)
     }
 }

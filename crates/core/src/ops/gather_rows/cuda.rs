@@ -49,7 +49,7 @@ pub(super) fn scatter_add(launcher: &mut Launcher<'_>, io: &Io<'_>) -> Result<()
     launcher.zero(counts, 4 * n)?;
     let launch = |entry| kernel(entry, values, sum).0;
     let blocks = count.div_ceil(THREADS);
-    launcher.launch(launch("count").grid(blocks, 1, 1).args([rows, counts.into(), count.into(), n.into()]))?;
+    launcher.launch(launch("count").grid(blocks, 1, 1).args([rows.clone(), counts.into(), count.into(), n.into()]))?;
     launcher.launch(launch("sum_counts").grid(1, 1, 1).threads(1024).args([counts.into(), starts.into(), n.into()]))?;
     launcher.launch(launch("fill_lists").grid(blocks, 1, 1).args([
         rows,
