@@ -4,7 +4,7 @@
 //! y[i] = x[i] / (1 − p) where uniform(key, i) ≥ p, else 0
 //! ```
 //!
-//! x, y: [rows, cols] f32; i is the element's index in the row-major matrix, whatever its strides; the key is drawn
+//! x, y: [rows, cols] f32, or bf16 on a GPU; i is the element's index in the row-major matrix, whatever its strides; the key is drawn
 //! from `seed` (an i32 tensor [1, 2], new for every step) and `stream` (one a place in the model). Numbers come from
 //! [`crate::rng`], which counts instead of keeping a state: the gradient draws the same mask again and nothing is
 //! stored, and a recomputed layer gets the same mask.
@@ -19,10 +19,14 @@ use std::ops::Range;
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::simd::Simd;
+use crate::cuda::{Arg, Kernel as CudaKernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
+use crate::ops::elementwise::cuda::vector;
 use crate::rng;
+
+static PROGRAM: Program = Program { name: "dropout", source: include_str!("kernel.cu") };
 
 /// Elements that one task handles, about.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -32,9 +36,9 @@ const LANES: usize = 32;
 /// x with elements dropped with probability p in [0, 1). For p = 0 this is x itself.
 ///
 /// # Errors
-/// x is not f32, the seed is not an i32 tensor [1, 2], or p lies outside of [0, 1).
+/// x holds no floating-point numbers, the seed is not an i32 tensor [1, 2], or p lies outside of [0, 1).
 pub fn dropout(g: &mut Graph, x: TensorId, p: f32, seed: TensorId, stream: u32) -> Result<TensorId, Error> {
-    g.expect_dtype("dropout", "x", x, DType::F32)?;
+    g.expect_float("dropout", "x", x)?;
     g.expect_dtype("dropout", "the seed", seed, DType::I32)?;
     g.expect_shape("dropout", "the seed", seed, Some(1), Some(2))?;
     if !(0.0..1.0).contains(&p) {
@@ -59,7 +63,7 @@ struct Dropout {
 
 impl Dropout {
     fn append(self, g: &mut Graph, x: TensorId, seed: TensorId) -> TensorId {
-        let y = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+        let y = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
         g.push(self, vec![Some(x), Some(seed)], vec![Some(y)]);
         y
     }
@@ -83,6 +87,20 @@ impl Op for Dropout {
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         (g.rows(node.input(0)) * g.cols(node.input(0))) as f64
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        let (x, y) = (io.input(0), io.output(0));
+        let v = vector(&[x, y]);
+        launcher.launch(
+            CudaKernel::new(&PROGRAM, "dropout")
+                .define_type("T", x.dtype)
+                .define("V", v)
+                .grid((x.rows * (x.cols / v)).div_ceil(256), 1, 1)
+                .threads(256)
+                .args([x.into(), Arg::Ptr(io.input(1).address()), y.into(), x.rows.into(), x.cols.into()])
+                .args([(self.stream as i32).into(), self.p.into(), (1.0 / (1.0 - self.p)).into()]),
+        )
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {

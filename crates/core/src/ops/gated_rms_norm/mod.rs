@@ -4,16 +4,17 @@
 //!
 //! gate first: y = RMSNorm(x ⊙ silu(z)) ⊙ weight; norm first: y = RMSNorm(x) ⊙ weight ⊙ silu(z)
 //!
-//! x, z and y are `[T, D]`, the weight `[1, D]`. (Dao & Gu 2024, arXiv 2405.21060, section 7.2; the order of gate and
+//! x, z and y are `[T, D]`, f32 or on a GPU bf16, the weight `[1, D]`. (Dao & Gu 2024, arXiv 2405.21060, section 7.2; the order of gate and
 //! norm is `norm_before_gate` of the released code.) The gradient of n = r v with r = 1 / √(mean(v²) + ε) is
 //! dv = r (dn − n · mean(dn ⊙ n)). One pass over memory forwards and one backwards, which bounds it.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
-use crate::dtype::DType;
+use crate::cuda::{Launcher, Properties};
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
 
@@ -37,8 +38,8 @@ pub fn gated_rms_norm(
     norm_before_gate: bool,
 ) -> Result<TensorId, Error> {
     let (rows, cols) = (g.rows(x), g.cols(x));
-    g.expect_dtype(NAME, "x", x, DType::F32)?;
-    g.expect_f32(NAME, "z", z, Some(rows), Some(cols))?;
+    let dtype = g.expect_float(NAME, "x", x)?;
+    g.expect(NAME, "z", z, dtype, Some(rows), Some(cols))?;
     if let Some(weight) = weight {
         g.expect_f32(NAME, "weight", weight, Some(1), Some(cols))?;
     }
@@ -46,7 +47,7 @@ pub fn gated_rms_norm(
         let expected = format!("a divisor of the width {cols}");
         return Err(Error::Shape { op: NAME, what: "the group size", expected, found: group_size.to_string() });
     }
-    let y = g.new_tensor(DType::F32, rows, cols);
+    let y = g.new_tensor(dtype, rows, cols);
     g.push(Forward(Options { group_size, eps, norm_before_gate }), vec![Some(x), Some(z), weight], vec![Some(y)]);
     Ok(y)
 }
@@ -77,7 +78,7 @@ impl Op for Forward {
         let mut gradients = vec![None; 3];
         for (i, gradient) in gradients.iter_mut().enumerate() {
             if let (Some(input), true) = (node.inputs[i], wanted[i]) {
-                *gradient = Some(g.new_tensor(DType::F32, g.rows(input), g.cols(input)));
+                *gradient = Some(g.new_tensor(g.dtype(input), g.rows(input), g.cols(input)));
             }
         }
         let mut operands = node.inputs.clone();
@@ -92,6 +93,10 @@ impl Op for Forward {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::forward(&self.0, io, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::forward(&self.0, io, launcher)
     }
 }
 
@@ -114,6 +119,14 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::gradient(&self.0, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        cuda::gradient_workspace(&self.0, g.rows(node.input(0)), g.cols(node.input(0)), gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::gradient(&self.0, io, launcher)
     }
 }
 

@@ -13,15 +13,15 @@ const WARP_WIDTH: usize = 1024;
 const BLOCK_WIDTH: usize = 4096;
 
 /// How rows are spread over threads.
-struct Spread {
+pub(crate) struct Spread {
     /// Threads of a row.
-    group: usize,
+    pub group: usize,
     /// Threads of a block.
-    threads: usize,
+    pub threads: usize,
 }
 
 impl Spread {
-    fn of(cols: usize) -> Spread {
+    pub(crate) fn of(cols: usize) -> Spread {
         match cols {
             0..=WARP_WIDTH => Spread { group: 32, threads: 256 },
             0..=BLOCK_WIDTH => Spread { group: 128, threads: 128 },
@@ -29,7 +29,7 @@ impl Spread {
         }
     }
 
-    fn rows_of_block(&self) -> usize {
+    pub(crate) fn rows_of_block(&self) -> usize {
         self.threads / self.group
     }
 

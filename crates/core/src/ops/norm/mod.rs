@@ -24,7 +24,7 @@
 
 mod cpu;
 mod cpu_grad;
-mod cuda;
+pub(crate) mod cuda;
 pub mod reference;
 
 #[cfg(test)]

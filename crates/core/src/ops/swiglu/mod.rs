@@ -4,11 +4,13 @@
 //! the result is `[T, h]`. (Shazeer 2020, "GLU variants improve Transformer", arXiv 2002.05202.) The gradient of y is
 //! d ⊙ silu(gate), that of the gate d ⊙ y ⊙ silu'(gate). Elementwise, so memory traffic bounds it.
 
+mod cuda;
+
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
-use crate::dtype::DType;
+use crate::cuda::Launcher;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
 use crate::ops::ssd::lanes::{load, store};
@@ -23,15 +25,15 @@ const FLOPS: f64 = 20.0;
 /// Appends y ⊙ silu(gate) for x = (y, gate): `[T, 2h]` → `[T, h]`.
 ///
 /// # Errors
-/// `x` is not f32, or has an odd number of columns.
+/// `x` holds no floating-point numbers, or has an odd number of columns.
 pub fn swiglu(g: &mut Graph, x: TensorId) -> Result<TensorId, Error> {
-    g.expect_dtype(NAME, "x", x, DType::F32)?;
+    let dtype = g.expect_float(NAME, "x", x)?;
     let cols = g.cols(x);
     if !cols.is_multiple_of(2) {
         let expected = "an even number: as many values as gates".into();
         return Err(Error::Shape { op: NAME, what: "the width of x", expected, found: cols.to_string() });
     }
-    let out = g.new_tensor(DType::F32, g.rows(x), cols / 2);
+    let out = g.new_tensor(dtype, g.rows(x), cols / 2);
     g.push(Swiglu, vec![Some(x)], vec![Some(out)]);
     Ok(out)
 }
@@ -52,7 +54,7 @@ impl Op for Swiglu {
         _: &[bool],
     ) -> Result<Vec<Option<TensorId>>, Error> {
         let (Some(d), x) = (d_outputs[0], node.input(0)) else { return Ok(vec![None]) };
-        let dx = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+        let dx = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
         g.push(SwigluGrad, vec![Some(x), Some(d)], vec![Some(dx)]);
         Ok(vec![Some(dx)])
     }
@@ -63,6 +65,10 @@ impl Op for Swiglu {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         rows(io.input(0), None, io.output(0), cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(launcher, io.input(0), None, io.output(0))
     }
 }
 
@@ -80,6 +86,10 @@ impl Op for SwigluGrad {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         rows(io.input(0), Some(io.input(1)), io.output(0), cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(launcher, io.input(0), Some(io.input(1)), io.output(0))
     }
 }
 
