@@ -155,13 +155,15 @@ fn has_the_bits_of_the_reference_at_every_level_and_number_of_threads() {
 #[test]
 fn hundreds_of_ranges_decay() {
     let n = 5000;
-    let decayed: Vec<_> = (0..400).map(|i| 12 * i + i % 5..12 * i + i % 5 + i % 9).collect();
     let row = Hyper { lr: 0.1, beta1: 0.0, beta2: 0.0, eps: 1e-8, weight_decay: 0.5, max_norm: 0.0 }.row(1);
-    for place in places() {
-        let state = &steps((&place, 1), &vec![1.0; n], &decayed, &[(vec![0.0; n], row)])[0];
-        for (i, &p) in state.params.iter().enumerate() {
-            let decays = decayed.iter().any(|r| r.contains(&i));
-            assert_eq!(p, if decays { 0.95 } else { 1.0 }, "{place}: parameter {i}");
+    for every in [2, 3, 12] {
+        let decayed: Vec<_> = (0..400).map(|i| every * i + i % 5..every * i + i % 5 + i % (every - 1) + 1).collect();
+        for place in places() {
+            let state = &steps((&place, 1), &vec![1.0; n], &decayed, &[(vec![0.0; n], row)])[0];
+            for (i, &p) in state.params.iter().enumerate() {
+                let decays = decayed.iter().any(|r| r.contains(&i));
+                assert_eq!(p, if decays { 0.95 } else { 1.0 }, "{place}: every {every}: parameter {i}");
+            }
         }
     }
 }
