@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use hognose::{Device, TrainConfig};
+use hognose_train::config::Recomputation;
 use hognose_train::report::{Observer, Silent, StepReport};
 use hognose_train::trainer;
 
@@ -214,7 +215,12 @@ fn what_stops_one_device_stops_all() {
 fn threads_and_recomputation_change_nothing() {
     let base = Tiny::new(with_everything);
     let (expected, expected_weights) = (base.run("a"), weights(&base.path("a")));
-    let changes: [fn(&mut TrainConfig); 3] = [|c| c.threads = Some(1), |c| c.threads = Some(3), |c| c.recompute = true];
+    let changes: [fn(&mut TrainConfig); 4] = [
+        |c| c.threads = Some(1),
+        |c| c.threads = Some(3),
+        |c| c.recompute = Recomputation::Cheap,
+        |c| c.recompute = Recomputation::Layers,
+    ];
     for (i, change) in changes.into_iter().enumerate() {
         let other = Tiny::new(|config| {
             with_everything(config);

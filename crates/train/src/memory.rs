@@ -1,13 +1,12 @@
 //! Memory that a run needs on each device, known before anything is taken, and what to change where it is too much.
 
 use hognose_core::error::human_bytes;
-use hognose_core::graph::Recompute;
 use hognose_core::{DType, Device, Graph, Plan};
 use hognose_model::config::ModelConfig;
 use hognose_model::state::LayerState;
 use hognose_model::weights::{Form, Weights};
 
-use crate::config::{Dtype, TrainConfig};
+use crate::config::{Dtype, Recomputation, TrainConfig};
 use crate::error::Error;
 use crate::evaluate::SEGMENT_GRID;
 use crate::step::{GradientPlan, StepShape};
@@ -33,7 +32,7 @@ pub(crate) fn shape(config: &TrainConfig, windows: usize) -> StepShape {
         gradients: true,
         accumulate: config.accumulation > 1,
         dropout: config.dropout as f32,
-        recompute: if config.recompute { Recompute::All } else { Recompute::Nothing },
+        recompute: config.recompute.into(),
     }
 }
 
@@ -143,10 +142,14 @@ fn check_with(
 fn dials(config: &TrainConfig, devices: usize, gpu: bool) -> Vec<(String, TrainConfig)> {
     let mut found = Vec::new();
     let mut all = (Vec::new(), config.clone());
-    if !config.recompute {
-        found.push(("--recompute".to_string(), TrainConfig { recompute: true, ..config.clone() }));
+    if config.recompute == Recomputation::Nothing {
+        let cheap = TrainConfig { recompute: Recomputation::Cheap, ..config.clone() };
+        found.push(("--recompute cheap".to_string(), cheap));
+    }
+    if config.recompute != Recomputation::Layers {
+        found.push(("--recompute".to_string(), TrainConfig { recompute: Recomputation::Layers, ..config.clone() }));
         all.0.push("--recompute".to_string());
-        all.1.recompute = true;
+        all.1.recompute = Recomputation::Layers;
     }
     if gpu && config.dtype == Dtype::F32 {
         found.push(("--dtype bf16".to_string(), TrainConfig { dtype: Dtype::Bf16, ..config.clone() }));
@@ -218,13 +221,20 @@ mod tests {
 
     #[test]
     fn dials_are_those_that_are_left() {
-        let most = TrainConfig { recompute: true, dtype: Dtype::Bf16, batch: 1, length: 1, ..TrainConfig::default() };
+        let most = TrainConfig {
+            recompute: Recomputation::Layers,
+            dtype: Dtype::Bf16,
+            batch: 1,
+            length: 1,
+            ..TrainConfig::default()
+        };
         assert!(dials(&most, 1, true).is_empty());
         let names = |config: &TrainConfig, devices, gpu| {
             dials(config, devices, gpu).into_iter().map(|d| d.0).collect::<Vec<_>>()
         };
         let config = TrainConfig { batch: 6, accumulation: 2, length: 100, ..TrainConfig::default() };
         let expected = [
+            "--recompute cheap",
             "--recompute",
             "--dtype bf16",
             "--batch 3 --accumulate 4",
@@ -245,6 +255,6 @@ mod tests {
         let bf16 = TrainConfig { dtype: Dtype::Bf16, ..f32.clone() };
         assert!(need(&bf16).arena < need(&f32).arena);
         assert!(need(&bf16).persistent > need(&f32).persistent, "a rounded copy of the parameters");
-        assert!(need(&TrainConfig { recompute: true, ..bf16.clone() }).arena < need(&bf16).arena);
+        assert!(need(&TrainConfig { recompute: Recomputation::Layers, ..bf16.clone() }).arena < need(&bf16).arena);
     }
 }
