@@ -99,6 +99,11 @@ impl Op for Linear {
         "linear"
     }
 
+    /// A product of low rank (Δ from its projection) reads little and computes little.
+    fn is_cheap(&self, g: &Graph, node: &Node) -> bool {
+        16 * g.cols(node.input(1)) <= g.rows(node.input(1))
+    }
+
     fn backward(
         &self,
         g: &mut Graph,

@@ -46,6 +46,10 @@ impl Op for Swiglu {
         NAME
     }
 
+    fn is_cheap(&self, _: &Graph, _: &Node) -> bool {
+        true
+    }
+
     fn backward(
         &self,
         g: &mut Graph,
