@@ -34,12 +34,20 @@ impl Library {
 
     fn describe(self) -> &'static str {
         match self {
-            Library::Driver => "the NVIDIA driver; install it from your system's packages or from nvidia.com",
-            Library::Nvrtc => {
-                "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
-            }
-            Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
-            Library::Nccl => "NCCL; `pip install nvidia-nccl-cu13` brings it",
+            Library::Driver => "the NVIDIA driver, from your system's packages or nvidia.com",
+            Library::Nvrtc => "NVIDIA's run-time compiler, from `pip install nvidia-cuda-nvrtc` or the CUDA toolkit",
+            Library::CublasLt => "matrix products, from `pip install nvidia-cublas` or the CUDA toolkit",
+            Library::Nccl => "communication between GPUs, from `pip install nvidia-nccl-cu13`",
+        }
+    }
+
+    /// Functions that the oldest usable version brought, of those that are called: cudarc panics at one that is missing.
+    fn functions(self) -> &'static [&'static str] {
+        match self {
+            Library::Driver => &["cuLaunchKernelEx", "cuGraphInstantiateWithFlags"],
+            Library::Nvrtc => &["nvrtcGetCUBIN"],
+            Library::CublasLt => &["cublasLtMatmul", "cublasLtMatmulAlgoGetHeuristic"],
+            Library::Nccl => &["ncclCommInitRankConfig"],
         }
     }
 
@@ -67,8 +75,15 @@ impl Library {
         }
         let folders = folders();
         let open = |path: &Path| {
-            // SAFETY: as in `is_found`. The library stays loaded for the life of the process.
-            unsafe { libloading::Library::new(path) }.map(std::mem::forget).is_ok()
+            // SAFETY: as in `is_found`.
+            let Ok(library) = (unsafe { libloading::Library::new(path) }) else { return false };
+            // SAFETY: the functions are looked for, not called.
+            let usable = self.functions().iter().all(|f| unsafe { library.get::<fn()>(f.as_bytes()) }.is_ok());
+            if usable {
+                // It stays loaded for the life of the process.
+                std::mem::forget(library);
+            }
+            usable
         };
         let by_path =
             || folders.iter().flat_map(|f| self.names().iter().map(|n| f.join(n))).any(|p| p.exists() && open(&p));
@@ -77,9 +92,10 @@ impl Library {
         let named = std::env::var_os(FOLDER_VARIABLE).is_some();
         if !(named && by_path() || by_name() || by_path()) || !self.is_found() {
             let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-            let also = if places.is_empty() { String::new() } else { format!(" and in {}", places.join(", ")) };
+            let also = if places.is_empty() { String::new() } else { format!(" or in {}", places.join(", ")) };
             return Err(Error::Cuda(format!(
-                "{} was not found: {}. Looked where the system's loader looks{also}; {FOLDER_VARIABLE} names another folder",
+                "no {} that can be used ({}) was found where the system's loader looks{also}; {FOLDER_VARIABLE} names \
+                 another folder",
                 self.names()[0],
                 self.describe(),
             )));

@@ -47,6 +47,7 @@ impl Cuda {
             kept.push(Capture { addresses: addresses.clone(), graph });
         }
         let Some(capture) = kept.iter().find(|c| c.addresses == addresses) else { return Ok(()) };
+        let _turn = self.turn();
         // SAFETY: the graph is instantiated, and the memory that it uses was checked by the caller.
         check("running a plan", unsafe { sys::cuGraphLaunch(capture.graph, self.stream()) })
     }
@@ -56,6 +57,7 @@ impl Cuda {
         plan.run_cuda(&mut collector, arena, externals)?;
         self.kernels().prepare(&collector.variants())?;
         self.blas().prepare(self)?;
+        let _turn = self.turn();
         // SAFETY: the stream is ours; a capture that was begun is ended whatever happens in between.
         unsafe {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
