@@ -34,23 +34,16 @@ impl Library {
 
     fn describe(self) -> &'static str {
         match self {
-            Library::Driver => "the NVIDIA driver, from your system's packages or nvidia.com",
-            Library::Nvrtc => "NVIDIA's run-time compiler, from `pip install nvidia-cuda-nvrtc` or the CUDA toolkit",
-            Library::CublasLt => "matrix products, from `pip install nvidia-cublas` or the CUDA toolkit",
-            Library::Nccl => "communication between GPUs, from `pip install nvidia-nccl-cu13`",
+            Library::Driver => "the NVIDIA driver; install it from your system's packages or from nvidia.com",
+            Library::Nvrtc => {
+                "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
+            }
+            Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
+            Library::Nccl => "NCCL, which sums gradients over GPUs; `pip install nvidia-nccl-cu13` brings it",
         }
     }
 
-    /// Functions that the oldest usable version brought, of those that are called: cudarc panics at one that is missing.
-    fn functions(self) -> &'static [&'static str] {
-        match self {
-            Library::Driver => &["cuLaunchKernelEx", "cuGraphInstantiateWithFlags"],
-            Library::Nvrtc => &["nvrtcGetCUBIN"],
-            Library::CublasLt => &["cublasLtMatmul", "cublasLtMatmulAlgoGetHeuristic"],
-            Library::Nccl => &["ncclCommInitRankConfig"],
-        }
-    }
-
+    /// Whether cudarc finds it now. NCCL is called without cudarc, which does not know the file's name.
     fn is_found(self) -> bool {
         // SAFETY: looking a library up runs its initialisers only, and these are NVIDIA's.
         unsafe {
@@ -58,7 +51,7 @@ impl Library {
                 Library::Driver => cudarc::driver::sys::is_culib_present(),
                 Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
                 Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
-                Library::Nccl => cudarc::nccl::sys::is_culib_present(),
+                Library::Nccl => true,
             }
         }
     }
@@ -73,35 +66,45 @@ impl Library {
         if loaded.contains(&self) {
             return Ok(());
         }
+        // The library stays loaded for the life of the process.
+        std::mem::forget(self.find()?);
+        loaded.push(self);
+        Ok(())
+    }
+
+    /// Finds the library and loads it.
+    ///
+    /// # Errors
+    /// As [`Library::load`].
+    pub(super) fn find(self) -> Result<libloading::Library, Error> {
         let folders = folders();
         let open = |path: &Path| {
             // SAFETY: as in `is_found`.
-            let Ok(library) = (unsafe { libloading::Library::new(path) }) else { return false };
+            let library = unsafe { libloading::Library::new(path) }.ok()?;
             // SAFETY: the functions are looked for, not called.
-            let usable = self.functions().iter().all(|f| unsafe { library.get::<fn()>(f.as_bytes()) }.is_ok());
-            if usable {
-                // It stays loaded for the life of the process.
-                std::mem::forget(library);
-            }
-            usable
+            let has = |name: &&str| unsafe { library.get::<fn()>(name.as_bytes()) }.is_ok();
+            self.functions().iter().all(has).then_some(library)
         };
-        let by_path =
-            || folders.iter().flat_map(|f| self.names().iter().map(|n| f.join(n))).any(|p| p.exists() && open(&p));
-        let by_name = || self.names().iter().any(|n| open(Path::new(n)));
+        let by_path = || {
+            let mut paths = folders.iter().flat_map(|f| self.names().iter().map(move |n| f.join(n)));
+            paths.find_map(|path| path.exists().then(|| open(&path)).flatten())
+        };
+        let by_name = || self.names().iter().find_map(|n| open(Path::new(n)));
         // A folder that was named comes first, then what the system finds, then folders that it does not know.
-        let named = std::env::var_os(FOLDER_VARIABLE).is_some();
-        if !(named && by_path() || by_name() || by_path()) || !self.is_found() {
-            let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-            let also = if places.is_empty() { String::new() } else { format!(" or in {}", places.join(", ")) };
-            return Err(Error::Cuda(format!(
-                "no {} that can be used ({}) was found where the system's loader looks{also}; {FOLDER_VARIABLE} names \
-                 another folder",
-                self.names()[0],
-                self.describe(),
-            )));
+        let named = if std::env::var_os(FOLDER_VARIABLE).is_some() { by_path() } else { None };
+        match named.or_else(by_name).or_else(by_path) {
+            Some(library) if self.is_found() => Ok(library),
+            _ => {
+                let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+                let also = if places.is_empty() { String::new() } else { format!(" or in {}", places.join(", ")) };
+                Err(Error::Cuda(format!(
+                    "no {} that can be used ({}) was found where the system's loader looks{also}; {FOLDER_VARIABLE} \
+                     names another folder",
+                    self.names()[0],
+                    self.describe(),
+                )))
+            }
         }
-        loaded.push(self);
-        Ok(())
     }
 }
 
