@@ -34,12 +34,21 @@ impl Library {
 
     fn describe(self) -> &'static str {
         match self {
-            Library::Driver => "the NVIDIA driver; install it from your system's packages or from nvidia.com",
-            Library::Nvrtc => {
-                "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
-            }
-            Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
-            Library::Nccl => "NCCL, which sums gradients over GPUs; `pip install nvidia-nccl-cu13` brings it",
+            Library::Driver => "the NVIDIA driver, from your system's packages or nvidia.com",
+            Library::Nvrtc => "NVIDIA's run-time compiler, from `pip install nvidia-cuda-nvrtc` or the CUDA toolkit",
+            Library::CublasLt => "matrix products, from `pip install nvidia-cublas` or the CUDA toolkit",
+            Library::Nccl => "sums over several GPUs, from `pip install nvidia-nccl-cu13`",
+        }
+    }
+
+    /// The newest of the functions that are called, without which a library is too old: cudarc panics where one is missing.
+    fn functions(self) -> &'static [&'static str] {
+        match self {
+            Library::Driver => &["cuLaunchKernelEx", "cuGraphInstantiateWithFlags"],
+            Library::Nvrtc => &["nvrtcGetCUBIN"],
+            Library::CublasLt => &["cublasLtMatmul", "cublasLtMatmulAlgoGetHeuristic"],
+            // It is called without cudarc.
+            Library::Nccl => &[],
         }
     }
 
