@@ -13,6 +13,7 @@
 
 #pragma once
 #include <csetjmp>
+#include <csignal>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -62,6 +63,8 @@ struct Launch {
     // Stacks for 1024 threads.
     unsigned char* stacks;
     uint64_t stack_bytes;
+    // Called where memory is touched that is not there.
+    void (*fault)(int);
     char error[1024];
 };
 
@@ -279,6 +282,11 @@ static void run_grid(Launch* asked, unsigned most_threads) {
         return fail("needs %lu bytes of shared memory, of %lu", fixed + launch->shared_bytes, launch->shared_most);
     if (launch->threads > most_threads || launch->threads > 1024)
         return fail("%u threads, but __launch_bounds__(%u)", launch->threads, most_threads);
+    struct sigaction action = {};
+    action.sa_handler = launch->fault;
+    action.sa_flags = SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
     std::vector<Fiber> all(launch->threads);
     fibers = all.data();
     uint64_t* bottom;
