@@ -303,7 +303,7 @@ fn store_gradient(
 ) -> Result<Option<(TensorId, TensorId)>, Error> {
     let value = match (gradient, accumulate) {
         (Some(gradient), false) => gradient,
-        (Some(gradient), true) => elementwise::add(graph, gradient, dest)?,
+        (Some(gradient), true) => graph.plus(gradient, dest)?,
         (None, false) => elementwise::fill(graph, DType::F32, graph.rows(dest), graph.cols(dest), 0.0)?,
         (None, true) => return Ok(None),
     };
