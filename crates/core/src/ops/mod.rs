@@ -23,4 +23,4 @@ mod vectors;
 #[cfg(test)]
 mod example;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
