@@ -384,6 +384,21 @@ impl Device {
         Ok(())
     }
 
+    /// Does everything for a later run of a plan with this memory that may need memory itself: a GPU compiles and
+    /// captures it now.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    pub fn prepare(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => {
+                let externals = self.check_bindings(plan, arena, bindings)?;
+                cuda.prepare(plan, arena.ptr.as_ptr(), &externals)
+            }
+        }
+    }
+
     /// Runs a plan for a GPU on the memory of this CPU, by emulation; see [`crate::cuda::emulator`].
     #[cfg(test)]
     pub(crate) fn emulate(
@@ -398,21 +413,6 @@ impl Device {
         let mut collected = Launcher::collect(gpu);
         plan.run_cuda(&mut collected, arena.ptr.as_ptr(), &externals)?;
         plan.run_cuda(&mut Launcher::emulate(collected, reversed)?, arena.ptr.as_ptr(), &externals)
-    }
-
-    /// Does everything for a later run of a plan with this memory that may need memory itself: a GPU compiles and
-    /// captures it now.
-    ///
-    /// # Errors
-    /// As [`Device::run`].
-    pub fn prepare(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
-        match self {
-            Device::Cpu(_) => Ok(()),
-            Device::Cuda(cuda) => {
-                let externals = self.check_bindings(plan, arena, bindings)?;
-                cuda.prepare(plan, arena.ptr.as_ptr(), &externals)
-            }
-        }
     }
 
     /// Seconds that each op of a plan takes by itself, in order, with the op's name: the fastest of some runs. Ops that

@@ -39,8 +39,10 @@ pub(crate) fn shape(config: &TrainConfig, windows: usize) -> StepShape {
 /// Bytes that one device needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Need {
-    /// Parameters, gradients, moments, and what a device needs for itself.
+    /// Parameters, gradients and moments.
     pub persistent: u64,
+    /// What the device needs for itself.
+    pub reserve: u64,
     /// All intermediate tensors of a micro-batch.
     pub arena: u64,
     /// What they would take without sharing.
@@ -52,7 +54,7 @@ pub(crate) struct Need {
 impl Need {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.persistent + self.arena + self.states
+        self.persistent + self.reserve + self.arena + self.states
     }
 
     fn of(
@@ -67,12 +69,13 @@ impl Need {
         let shape = shape(config, windows);
         let weights = |form| Weights::required_bytes(device, model, form) as u64;
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
-        let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32)) + reserve;
+        let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32));
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
         let state: usize = model.layers.iter().map(|layer| LayerState::of(layer)).map(|s| 4 * (s.conv + s.ssm)).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };
         Ok(Need {
             persistent,
+            reserve,
             arena: plan.arena_bytes() as u64,
             unshared: plan.unshared_bytes() as u64,
             states: (state * states) as u64,
@@ -124,6 +127,9 @@ fn check_with(
         human_bytes(need.persistent),
         human_bytes(need.arena + need.states)
     );
+    if need.reserve > 0 {
+        advice.push_str(&format!(", {} are for kernels and libraries", human_bytes(need.reserve)));
+    }
     let mut found = Vec::new();
     for (what, other) in dials(config, devices, matches!(device, Device::Cuda(_))) {
         let total = Need::of(device, plan, model, &other, devices)?.total();
