@@ -431,6 +431,22 @@ EMULATED void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     }
 }
 
+EMULATED void mma_tf32(float* d, const float* a, const float* b) {
+    float mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const emulator::Slot* all = emulator::meet(0xffffffffu, "mma_tf32", mine, sizeof mine);
+    auto value = [&](unsigned lane, unsigned reg) {
+        unsigned bits;
+        memcpy(&bits, all[lane] + 4 * reg, 4);
+        return static_cast<double>(bits_to_f32(bits & 0xffffe000u));
+    };
+    unsigned g = emulator::me->lane / 4, t = emulator::me->lane % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (unsigned k = 0; k < 8; k++) sum += value(g * 4 + k % 4, i / 2 + k / 4 * 2) * value((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+        d[i] = static_cast<float>(sum);
+    }
+}
+
 EMULATED void wait_for_previous() {}
 EMULATED void let_next_start() {}
 

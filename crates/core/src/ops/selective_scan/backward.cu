@@ -62,64 +62,78 @@ struct Tile {
             skip[i] = real && scan.d.present() ? scan.d.data[at.first + i] : 0.0f;
         }
     }
-    // Steps behind the last have Δ = 0, no input and no gradient.
-    DEVICE void prepare(const Scan& scan, Mat<T> from, const Place& at, i64 row, int steps) {
-        for (int i = threadIdx.x; i < CHUNK * (CB / V); i += THREADS) {
-            int step = i / (CB / V), col = i % (CB / V) * V, to = step * CB + col;
-            float pair[2 * V] = {}, in[V] = {}, d[V] = {}, slope[V] = {};
-            if (step < steps && col < at.width) {
-                float raw[V], z[V];
-                load<V>(raw, scan.dt.row(row + step) + at.first + col);
-                load<V>(in, scan.x.row(row + step) + at.first + col);
-                if (from.present()) load<V>(d, from.row(row + step) + at.first + col);
-                if (scan.z.present()) load<V>(z, scan.z.row(row + step) + at.first + col);
+    // Steps behind the last have Δ = 0, no input and no gradient. The loads of some pieces come before the first is used.
+    DEVICE void prepare(const Scan& scan, Mat<T> from, const Place& at, int row, int steps) {
+        constexpr int pieces = CHUNK * (CB / V), batch = 2;
+        for (int first = threadIdx.x; first < pieces; first += batch * THREADS) {
+            float raw[batch][V] = {}, in[batch][V] = {}, d[batch][V] = {}, z[batch][V] = {};
+#pragma unroll
+            for (int k = 0; k < batch; k++) {
+                int i = first + k * THREADS, step = i / (CB / V), col = i % (CB / V) * V;
+                if (step >= steps || col >= at.width) continue;
+                load<V>(raw[k], element(scan.dt, row + step, at.first + col));
+                load<V>(in[k], element(scan.x, row + step, at.first + col));
+                if (from.present()) load<V>(d[k], element(from, row + step, at.first + col));
+                if (scan.z.present()) load<V>(z[k], element(scan.z, row + step, at.first + col));
+            }
+#pragma unroll
+            for (int k = 0; k < batch; k++) {
+                int i = first + k * THREADS, step = i / (CB / V), col = i % (CB / V) * V, to = step * CB + col;
+                if (pieces % (batch * THREADS) != 0 && i >= pieces) break;
+                bool real = step < steps && col < at.width;
+                float pair[2 * V], slope[V] = {};
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float delta = raw[v] + bias[col + v];
-                    if (SOFTPLUS) delta = softplus(delta);
-                    pair[2 * v] = delta, pair[2 * v + 1] = ZOH ? in[v] : delta * in[v];
+                    float delta = step_size(raw[k][v] + bias[col + v]);
+                    pair[2 * v] = real ? delta : 0.0f;
+                    pair[2 * v + 1] = ZOH ? in[k][v] : pair[2 * v] * in[k][v];
                     if (!scan.z.present()) continue;
-                    float p = sigmoid(z[v]);
-                    slope[v] = d[v] * p * (1.0f + z[v] * (1.0f - p));
-                    d[v] *= z[v] * p;
+                    float p = sigmoid(z[k][v]);
+                    slope[v] = d[k][v] * p * (1.0f + z[k][v] * (1.0f - p));
+                    d[k][v] *= z[k][v] * p;
                 }
+                store<2 * V>(&du[to].x, pair);
+                store<V>(x + to, in[k]);
+                store<V>(dy + to, d[k]);
+                store<V>(gate + to, slope);
             }
-            store<2 * V>(&du[to].x, pair);
-            store<V>(x + to, in);
-            store<V>(dy + to, d);
-            store<V>(gate + to, slope);
         }
 #if STAGED
-        for (int i = threadIdx.x; i < CHUNK * NP; i += THREADS) {
-            int step = i / NP, n = i % NP;
-            bool real = step < steps && n < N;
-            bc[step * 2 * NP + n] = real ? to_f32(scan.b.row(row + step)[at.column + n]) : 0.0f;
-            bc[step * 2 * NP + NP + n] = real ? to_f32(scan.c.row(row + step)[at.column + n]) : 0.0f;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < CHUNK * (NP / WIDE); i += THREADS) {
+            int step = i / (NP / WIDE), n = i % (NP / WIDE) * WIDE;
+            float wide_b[WIDE] = {}, wide_c[WIDE] = {};
+            if (step < steps && n < N) {
+                load<WIDE>(wide_b, element(scan.b, row + step, at.column + n));
+                load<WIDE>(wide_c, element(scan.c, row + step, at.column + n));
+            }
+            store<WIDE>(bc + step * 2 * NP + n, wide_b);
+            store<WIDE>(bc + step * 2 * NP + NP + n, wide_c);
         }
 #endif
     }
     // B (which = 0) or C (1) of the thread's states at a step.
-    DEVICE void coefficients(float* to, const Scan& scan, const Place& at, int which, i64 row, int step, int steps) const {
+    DEVICE void coefficients(float* to, const Scan& scan, const Place& at, int which, int row, int step, int steps) const {
 #if STAGED
         load<NS>(to, bc + (step * 2 + which) * NP + at.s * NS);
 #else
-        const T* from = step < steps ? (which ? scan.c : scan.b).row(row + step) + at.column + at.s * NS : nullptr;
+        const T* from = step < steps ? element(which ? scan.c : scan.b, row + step, at.column + at.s * NS) : nullptr;
 #pragma unroll
         for (int i = 0; i < NS; i++) to[i] = from != nullptr && at.s * NS + i < N ? to_f32(from[i]) : 0.0f;
 #endif
     }
-    DEVICE void write(const Scan& scan, const Gradients& to, const Place& at, i64 row, int steps) const {
+    DEVICE void write(const Scan& scan, const Gradients& to, const Place& at, int row, int steps) const {
         for (int i = threadIdx.x; i < CHUNK * (CB / V); i += THREADS) {
             int step = i / (CB / V), col = i % (CB / V) * V, from = step * CB + col;
             if (step >= steps || col >= at.width) continue;
             float v[V];
             load<V>(v, x + from);
-            if (to.dx.present()) store<V>(to.dx.row(row + step) + at.first + col, v);
+            if (to.dx.present()) store<V>(element(to.dx, row + step, at.first + col), v);
             load<V>(v, gate + from);
-            if (to.dz.present()) store<V>(to.dz.row(row + step) + at.first + col, v);
+            if (to.dz.present()) store<V>(element(to.dz, row + step, at.first + col), v);
 #pragma unroll
             for (int k = 0; k < V; k++) v[k] = du[from + k].x;
-            if (to.ddt.present()) store<V>(to.ddt.row(row + step) + at.first + col, v);
+            if (to.ddt.present()) store<V>(element(to.ddt, row + step, at.first + col), v);
         }
     }
 };
@@ -139,6 +153,57 @@ DEVICE void advance(float* h, float* decay, const float* a2, const float* b, f32
     }
 }
 
+// Values of dB and dC of a thread, in whole matrices of four.
+#define BOTH ((2 * NS + 3) / 4 * 4)
+
+// Writes NS values or fewer of 2 NS that are kept by a lane, from number `first` on: dB comes before dC.
+template <int Count>
+DEVICE void write_sums(float* to, const float* v, int first, const Place& at) {
+#pragma unroll
+    for (int i = 0; i < Count; i++) to[(first + i) / NS * NP + at.s * NS + (first + i) % NS] = v[i];
+}
+
+// The sums over the channels of a warp of what `both` has for dB and dC at one of four steps.
+//
+// Where a warp has 4 channels or more, its tensor cores add: the values are a matrix [16, 8] whose columns are lanes and
+// two registers, and the other matrix has ones where they are to be added up, in two columns for each of the four steps.
+// So lane t of a quad ends with the sums of step t. In tf32, which is finer than bf16; for f32, in two pieces.
+DEVICE void add_to_channel_sums(float* sums, const float* both, const Place& at, int step, float* to) {
+#if CH >= 4
+    int g = threadIdx.x % WARP / 4;
+    float ones[2] = {g == 2 * step ? 1.0f : 0.0f, g == 2 * step + 1 ? 1.0f : 0.0f};
+#pragma unroll
+    for (int i = 0; i < BOTH; i += 4) {
+        float v[4] = {both[i], both[i + 2], both[i + 1], both[i + 3]};
+        if constexpr (sizeof(T) == 4) {
+            float low[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float high = bits_to_f32(f32_to_bits(v[k]) & 0xffffe000u);
+                low[k] = v[k] - high, v[k] = high;
+            }
+            mma_tf32(sums + i, low, ones);
+        }
+        mma_tf32(sums + i, v, ones);
+    }
+#else
+    float v[2 * NS];
+#pragma unroll
+    for (int i = 0; i < 2 * NS; i++) v[i] = both[i];
+    int lane = at.c % CH;
+    sum_lanes<2 * NS, CH, 1>(v, lane);
+    write_sums<2 * NS / CH>(to, v, kept_first<2 * NS, CH>(lane), at);
+#endif
+}
+// Ends what `add_to_channel_sums` began: rows `to` of the four steps, 2 NP each.
+DEVICE void write_channel_sums(float* sums, const Place& at, float* to) {
+#if CH >= 4
+    int lane = at.c % CH / 4;
+    sum_lanes<2 * NS, CH / 4, 4>(sums, lane);
+    write_sums<(2 * NS > CH / 4 ? 2 * NS / (CH / 4) : 1)>(to + threadIdx.x % 4 * 2 * NP, sums, kept_first<2 * NS, CH / 4>(lane), at);
+#endif
+}
+
 // What a thread adds up over time, beside what it carries.
 struct Walk {
     float a2[NS], g[NS], da[NS];
@@ -147,7 +212,7 @@ struct Walk {
 
 // SUB steps back from step `first` on: gradients of the elements go into the tile, sums over the warp's channels into
 // `sums`.
-DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const float* start, float* sums, i64 row, int first, int steps) {
+DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const float* start, float* sums, int row, int first, int steps) {
     float h[SUB + 1][NS], decay[SUB][NS];
 #pragma unroll
     for (int i = 0; i < NS; i++) h[0][i] = start[i];
@@ -161,12 +226,14 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
     }
 #pragma unroll
     for (int four = SUB - 4; four >= 0; four -= 4) {
-        float y[4], by_b[4], by_a[4];
+        float y[4], by_b[4], by_a[4], channels[BOTH] = {};
 #pragma unroll
         for (int k = four + 3; k >= four; k--) {
             int step = first + k;
+            // Keeps the compiler from loading the operands of more steps than there are registers for.
+            if (k % 2 == 1) __syncwarp();
             f32x2 du = tile.du[step * CB + at.c];
-            float b[NS], c[NS], both[2 * NS], dy = tile.dy[step * CB + at.c];
+            float b[NS], c[NS], both[BOTH] = {}, dy = tile.dy[step * CB + at.c];
             tile.coefficients(b, scan, at, 0, row, step, steps);
             tile.coefficients(c, scan, at, 1, row, step, steps);
             float sum_y = 0.0f, sum_b = 0.0f, sum_a = 0.0f;
@@ -191,17 +258,9 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
                 w.g[i] = through;
             }
             y[k - four] = sum_y, by_b[k - four] = sum_b, by_a[k - four] = sum_a;
-            // Over the channels of the warp; each lane keeps some.
-            constexpr int kept = 2 * NS > CH ? 2 * NS / CH : 1;
-            int lane = at.c % CH;
-            sum_lanes<2 * NS, CH, 1>(both, lane);
-            int mine = kept_first<2 * NS, CH>(lane);
-#pragma unroll
-            for (int i = 0; i < kept; i++) {
-                int which = (mine + i) / NS, n = at.s * NS + (mine + i) % NS;
-                sums[(k * 2 + which) * NP + n] = both[i];
-            }
+            add_to_channel_sums(channels, both, at, k - four, sums + k * 2 * NP);
         }
+        write_channel_sums(channels, at, sums + four * 2 * NP);
         sum_lanes<4, LANES, CH>(y, at.s);
         sum_lanes<4, LANES, CH>(by_b, at.s);
         sum_lanes<4, LANES, CH>(by_a, at.s);
@@ -229,8 +288,8 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
 }
 
 // Rows [row, row + steps) of a segment, which lie in one chunk, and their parts of dB and dC.
-DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, const Place& at, Tile& tile, Walk& w, i64 row,
-                               int steps, i64 segment, float* parts) {
+DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, const Place& at, Tile& tile, Walk& w, int row,
+                               int steps, int segment, float* parts) {
     __syncthreads();
     tile.prepare(scan, gradients.dy, at, row, steps);
     float h[NS];
@@ -257,7 +316,7 @@ DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, con
             float sum = 0.0f;
 #pragma unroll
             for (int warp = 0; warp < WARPS; warp++) sum += sums[((warp * SUB + k) * 2 + which) * NP + n];
-            parts[(row + sub * SUB + k) * 2 * N + i % (2 * N)] = sum;
+            parts[static_cast<i64>(row + sub * SUB + k) * (2 * N) + i % (2 * N)] = sum;
         }
     }
     tile.write(scan, gradients, at, row, steps);
@@ -265,38 +324,40 @@ DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, con
 
 // Part blockIdx.y. `channel_parts` [blocks, tokens, 2, N] takes the sums for dB and dC over the block's channels,
 // `time_parts` [parts, N + 2, channels] those for dA, dD and the bias over the part's rows.
-KERNEL __launch_bounds__(THREADS) scan_parts_grad(Scan scan, Gradients to, float* carry, float* channel_parts, float* time_parts) {
+KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan scan, Gradients to, float* carry, float* channel_parts, float* time_parts) {
     DYNAMIC_SHARED(memory);
     Tile tile(memory);
     Place at(scan);
-    i64 part = blockIdx.y, first = part * scan.part_rows, end = smaller(first + scan.part_rows, scan.tokens);
+    int part = blockIdx.y, first = static_cast<int>(part * scan.part_rows);
+    int end = smaller(first + scan.part_rows, scan.tokens);
     float* parts = channel_parts == nullptr ? nullptr : channel_parts + blockIdx.x * scan.tokens * 2 * N;
     Walk w = {};
     at.rates(w.a2, scan, LOG2_E);
     tile.load_vectors(scan, at);
-    i64 covered = scan.segments > 0 ? scan.offsets[0] : scan.tokens;
-    i64 behind = scan.segments > 0 ? scan.offsets[scan.segments] : scan.tokens;
+    int covered = scan.segments > 0 ? scan.offsets[0] : end;
+    int behind = scan.segments > 0 ? scan.offsets[scan.segments] : end;
     for (int side = 0; side < 2; side++) {
-        i64 from = side == 0 ? first : larger(behind, first), until = side == 0 ? smaller(covered, end) : end;
+        int from = side == 0 ? first : larger(behind, first), until = side == 0 ? smaller(covered, end) : end;
         clear_rows(to.dx, from, until, at);
         clear_rows(to.ddt, from, until, at);
         clear_rows(to.dz, from, until, at);
-        for (i64 i = threadIdx.x; parts != nullptr && i < (until - from) * 2 * N; i += THREADS) parts[from * 2 * N + i] = 0.0f;
+        for (i64 i = threadIdx.x; parts != nullptr && i < static_cast<i64>(until - from) * 2 * N; i += THREADS)
+            parts[static_cast<i64>(from) * 2 * N + i] = 0.0f;
     }
-    for (i64 s = first_segment(scan, first); s < scan.segments; s++) {
-        i64 start = scan.offsets[s], stop = scan.offsets[s + 1];
+    for (int s = first_segment(scan, first); s < scan.segments; s++) {
+        int start = scan.offsets[s], stop = scan.offsets[s + 1];
         if (start >= end && part + 1 < gridDim.y) break;
-        i64 from = larger(start, first), until = smaller(stop, end);
+        int from = larger(start, first), until = smaller(stop, end);
         bool begins = start == stop ? owns_empty(scan, start, part) : from < until && from == start;
         if (stop <= end) {
             at.load(w.g, to.dlast.present() ? to.dlast.row(s) : nullptr);
         } else if (from < until) {
-            i64 last = (stop - 1) / scan.part_rows;
-            for (i64 q = last; q > part; q--) carry_on(w.g, w.a2, carried(carry, q, scan.channels), q == last, at);
+            int last = part_of(scan, stop - 1);
+            for (int q = last; q > part; q--) carry_on(w.g, w.a2, carried(carry, q, scan.channels), q == last, at);
         }
         while (from < until) {
-            i64 row = larger(from, (until - 1) / CHUNK * CHUNK);
-            back_through_chunk(scan, to, at, tile, w, row, static_cast<int>(until - row), s, parts);
+            int row = larger(from, (until - 1) / CHUNK * CHUNK);
+            back_through_chunk(scan, to, at, tile, w, row, until - row, s, parts);
             until = row;
         }
         if (begins && to.dinitial.present()) at.store(to.dinitial.row(s), w.g);
@@ -318,17 +379,17 @@ KERNEL __launch_bounds__(THREADS) start_grads(Scan scan, Mat<T> dy, Mat<float> d
     DYNAMIC_SHARED(memory);
     Tile tile(memory);
     Place at(scan);
-    i64 part = blockIdx.y + 1, first = part * scan.part_rows, end = smaller(first + scan.part_rows, scan.tokens);
+    int part = blockIdx.y + 1, first = static_cast<int>(part * scan.part_rows);
+    int end = smaller(first + scan.part_rows, scan.tokens);
     int s = segment_of(scan.offsets, static_cast<int>(scan.segments), first);
     if (s < 0 || scan.offsets[s] == first) return;
-    i64 stop = scan.offsets[s + 1], until = smaller(stop, end);
+    int stop = scan.offsets[s + 1], until = smaller(stop, end);
     float a2[NS], g[NS], sum = 0.0f;
     at.rates(a2, scan, LOG2_E);
     tile.load_vectors(scan, at);
     at.load(g, stop <= end && dlast.present() ? dlast.row(s) : nullptr);
     while (first < until) {
-        i64 row = (until - 1) / CHUNK * CHUNK;
-        int steps = static_cast<int>(until - row);
+        int row = (until - 1) / CHUNK * CHUNK, steps = until - row;
         __syncthreads();
         tile.prepare(scan, dy, at, row, steps);
         __syncthreads();

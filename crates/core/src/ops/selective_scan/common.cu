@@ -37,11 +37,12 @@ struct Place {
         int lane = threadIdx.x % WARP;
         c = threadIdx.x / WARP * CH + lane % CH;
         s = lane / CH;
-        i64 group = blockIdx.x / scan.group_blocks, block = blockIdx.x % scan.group_blocks;
-        first = group * scan.group_width + block * CB;
-        i64 left = scan.group_width - block * CB;
+        // 32 bits hold the numbers of blocks and parts; dividing 64 bits is a call.
+        u32 group = blockIdx.x / static_cast<u32>(scan.group_blocks), block = blockIdx.x % static_cast<u32>(scan.group_blocks);
+        first = group * scan.group_width + static_cast<i64>(block) * CB;
+        i64 left = scan.group_width - static_cast<i64>(block) * CB;
         width = left < CB ? static_cast<int>(left) : CB;
-        column = group * N;
+        column = static_cast<i64>(group) * N;
         channels = scan.channels;
     }
     DEVICE bool owns(int i) const { return c < width && s * NS + i < N; }
@@ -65,30 +66,51 @@ struct Place {
 
 // The row of the kept states that belongs to row `row`, where a segment or a chunk of the pack starts: distinct, since
 // chunk and segment only grow, and below tokens / CHUNK + segments.
-DEVICE i64 kept_row(i64 row, i64 segment) { return row / CHUNK + segment; }
+DEVICE i64 kept_row(int row, int segment) { return static_cast<i64>(row / CHUNK) + segment; }
 
-DEVICE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-DEVICE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+// A pack has less than 2^31 rows, and so do its parts.
+DEVICE int smaller(i64 a, i64 b) { return static_cast<int>(a < b ? a : b); }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// Element `col` of row `row`: with 32 bits for row and stride the address is one multiplication.
+template <typename E>
+DEVICE E* element(Mat<E> m, int row, i64 col) {
+    return m.data + (static_cast<u64>(static_cast<u32>(row)) * static_cast<u32>(m.stride) + col);
+}
+
+// Δ. For bf16 the logarithm of a number close to 1 is good enough: its error is below 2^-23, that of x's rounding larger.
+DEVICE float step_size(float x) {
+#if SOFTPLUS
+    if constexpr (sizeof(T) == 2) return fmaxf(x, 0.0f) + LN_2 * lg2(1.0f + ex2(-LOG2_E * fabsf(x)));
+    return softplus(x);
+#else
+    return x;
+#endif
+}
+
+// Columns of B and C that a thread widens at once.
+#define WIDE (VB % 4 == 0 ? 4 : 1)
 
 // The first segment that ends at or behind `row`: segments that are empty at `row` come first.
-DEVICE i64 first_segment(const Scan& scan, i64 row) {
-    i64 low = 0, high = scan.segments;
+DEVICE int first_segment(const Scan& scan, int row) {
+    int low = 0, high = static_cast<int>(scan.segments);
     while (low < high) {
-        i64 middle = (low + high) / 2;
+        int middle = (low + high) / 2;
         if (scan.offsets[middle + 1] < row) low = middle + 1; else high = middle;
     }
     return low;
 }
 
 // Empty segments belong to the part in which they stand, those at the end to the last one.
-DEVICE bool owns_empty(const Scan& scan, i64 at, i64 part) {
-    return smaller(at / scan.part_rows, gridDim.y - 1) == part;
+DEVICE int part_of(const Scan& scan, int row) { return static_cast<int>(static_cast<u32>(row) / static_cast<u32>(scan.part_rows)); }
+DEVICE bool owns_empty(const Scan& scan, int at, int part) {
+    return smaller(part_of(scan, at), gridDim.y - 1) == part;
 }
 
 // Zeros in the block's columns of rows [from, to).
-DEVICE void clear_rows(Mat<T> m, i64 from, i64 to, const Place& at) {
+DEVICE void clear_rows(Mat<T> m, int from, int to, const Place& at) {
     if (!m.present()) return;
-    for (i64 i = threadIdx.x; i < (to - from) * CB; i += THREADS)
+    for (i64 i = threadIdx.x; i < static_cast<i64>(to - from) * CB; i += THREADS)
         if (i % CB < at.width) set(m.row(from + i / CB)[at.first + i % CB], 0.0f);
 }
 

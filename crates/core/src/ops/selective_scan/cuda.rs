@@ -15,9 +15,6 @@ static BACKWARD: Program =
 const BLOCKS_PER_SM: u32 = 3;
 /// Tokens a segment up to which a block takes a whole segment.
 const SHORT: usize = 4;
-/// Steps of the gradient whose states are in registers.
-const SUB: usize = 8;
-
 /// Threads of the blocks that add up parts.
 const ADDING_THREADS: usize = 256;
 
@@ -32,6 +29,8 @@ struct Spread {
     warps: usize,
     /// Rows of a tile of the forward pass.
     steps: usize,
+    /// Steps of the gradient whose states are in registers.
+    sub: usize,
 }
 
 impl Spread {
@@ -44,6 +43,7 @@ impl Spread {
             // Many states need much shared memory a warp.
             warps: [4, 2, 1][usize::from(d_state > 64) + usize::from(d_state > 128)],
             steps: if d_state <= 32 { 32 } else { 8 },
+            sub: if d_state <= 128 { 8 } else { 4 },
         }
     }
 
@@ -73,8 +73,8 @@ impl Spread {
 
     fn gradient_shared(&self) -> usize {
         let (chunk, vector) = (chunk_len(self.d_state), self.channels().next_multiple_of(4));
-        let tiles = 5 * chunk * self.channels() + chunk / SUB * self.threads() * self.states;
-        let sums = 4 * self.warps * SUB * self.padded();
+        let tiles = 5 * chunk * self.channels() + chunk / self.sub * self.threads() * self.states;
+        let sums = 4 * self.warps * self.sub * self.padded();
         let coefficients = if self.staged() { 2 * chunk * self.padded() } else { 0 };
         4 * (tiles.next_multiple_of(4) + sums + coefficients + 2 * vector)
     }
@@ -147,7 +147,7 @@ impl Cut {
         kernel = if std::ptr::eq(program, &FORWARD) {
             kernel.define("STEPS", spread.steps)
         } else {
-            kernel.define("SUB", SUB).define("STAGED", i32::from(spread.staged()))
+            kernel.define("SUB", spread.sub).define("STAGED", i32::from(spread.staged()))
         };
         kernel.threads(spread.threads() as u32)
     }
