@@ -123,6 +123,11 @@ pub trait Op: Debug + Send + Sync {
         None
     }
 
+    /// Whether computing the op again costs little beside the memory of its result, given inputs that are kept anyway.
+    fn is_cheap(&self, _graph: &Graph, _node: &Node) -> bool {
+        false
+    }
+
     /// The input whose value the op adds to its first output, if it can: sums of gradients then need no pass of their own.
     fn start_input(&self) -> Option<usize> {
         None

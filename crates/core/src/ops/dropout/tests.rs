@@ -1,7 +1,7 @@
 use super::{dropout, reference};
 use crate::graph::Graph;
 use crate::ops::layout;
-use crate::ops::testing::{Case, Value, check_op};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 use crate::{DType, TensorId};
 
 /// One product in f32.
@@ -13,13 +13,11 @@ const GRADIENT_BOUND: f64 = 1e-6;
 fn agrees_with_the_reference_and_finite_differences() {
     for (rows, cols, p) in [(1, 1, 0.5), (37, 19, 0.1), (3, 40, 0.9)] {
         let seed = [7, -8];
-        check_op(
-            &[("x", Value::random(rows, cols, 1)), ("seed", Value::ints(&seed))],
-            &["x"],
-            |g, t| vec![dropout(g, t[0], p, t[1], 3).unwrap()],
-            |v| vec![Value::new(rows, cols, reference::dropout(&v[0].data, p, seed, 3))],
-            (BOUND, GRADIENT_BOUND),
-        );
+        let inputs = [("x", Value::random(rows, cols, 1)), ("seed", Value::ints(&seed))];
+        let build = |g: &mut Graph, t: &[TensorId]| vec![dropout(g, t[0], p, t[1], 3).unwrap()];
+        let reference = |v: &[Value]| vec![Value::new(rows, cols, reference::dropout(&v[0].data, p, seed, 3))];
+        check_op(&inputs, &["x"], build, reference, (BOUND, GRADIENT_BOUND));
+        check_op_bf16(&inputs, &["x"], &["x"], build, reference, BF16_BOUNDS);
     }
 }
 
@@ -67,7 +65,7 @@ fn the_mask_does_not_depend_on_strides() {
     let y = dropout(&mut case.graph, part, 0.5, t, 0).unwrap();
     case.output("y", y);
     let part: Vec<f64> = (0..5).flat_map(|r| (2..9).map(move |c| (r, c))).map(|(r, c)| x.at(r, c)).collect();
-    assert_eq!(case.run()["y"].data, reference::dropout(&part, 0.5, seed, 0));
+    case.run_everywhere(|_, out| assert_eq!(out["y"].data, reference::dropout(&part, 0.5, seed, 0)));
 }
 
 #[test]
