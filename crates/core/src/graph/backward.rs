@@ -120,8 +120,7 @@ impl Graph {
         if is_split && !changed {
             return None;
         }
-        let inside: HashSet<TensorId> =
-            again.copies.keys().chain(original.outputs.iter().flatten()).copied().collect();
+        let inside: HashSet<TensorId> = again.copies.keys().chain(original.outputs.iter().flatten()).copied().collect();
         for output in copy.outputs.iter_mut().flatten() {
             *output = self.copy_tensor(*output, is_split, &inside, &mut again.copies);
         }

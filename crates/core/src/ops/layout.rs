@@ -66,14 +66,15 @@ pub fn concat(g: &mut Graph, parts: &[TensorId]) -> Result<TensorId, Error> {
     Ok(whole)
 }
 
-/// Appends a copy of `from` to `to`, a tensor of the same shape and type.
-pub(crate) fn copy_into(g: &mut Graph, from: TensorId, to: TensorId) {
+/// Appends a copy of `from` to `to`, a tensor of the same shape and type; returns the copy.
+pub(crate) fn copy_into(g: &mut Graph, from: TensorId, to: TensorId) -> TensorId {
     // An external destination is named by a view of its own, so that the plan sees a new value of it.
     let to = match g.tensor(to).place {
         Place::External(_) => g.view(to, 0, g.cols(to)),
         _ => to,
     };
     g.push(Copy, vec![Some(from)], vec![Some(to)]);
+    to
 }
 
 #[derive(Debug)]

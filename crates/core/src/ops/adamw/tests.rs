@@ -1,5 +1,5 @@
 use super::reference::{Factors, step};
-use super::{AdamW, Hyper, adamw, global_norm};
+use super::{AdamW, Hyper, adamw, first_not_finite, global_norm};
 use crate::ops::testing::{CUDA, Case, Value, places};
 use crate::{DType, Error, Graph, TensorId};
 use std::ops::Range;
@@ -217,4 +217,22 @@ fn wrong_operands_are_named_errors() {
     };
     assert_eq!(with(inner), "in_place: only external tensors can be updated in place");
     assert_eq!(with(norm), "adamw: the gradients must be [1, 1], but is [1, 4]");
+}
+
+#[test]
+fn the_first_number_that_is_not_finite_is_found() {
+    for (bad, norm, expected) in [
+        (vec![], f64::INFINITY, [-1, -1]),
+        (vec![(4321, f64::NAN)], 1.0, [-1, -1]),
+        (vec![(4999, f64::NAN), (4321, f64::NEG_INFINITY), (4400, f64::NAN)], f64::NAN, [4321, 0]),
+        (vec![(0, f64::INFINITY)], f64::INFINITY, [0, 0]),
+    ] {
+        let mut x = Value::random(1, 5000, 1);
+        bad.iter().for_each(|&(i, v)| x.data[i] = v);
+        let mut case = Case::new();
+        let (x, norm) = (case.input("x", &x), case.input("norm", &Value::new(1, 1, vec![norm])));
+        let place = first_not_finite(&mut case.graph, x, norm).unwrap();
+        case.output("place", place);
+        case.run_everywhere(|at, out| assert_eq!(out["place"].data, expected.map(f64::from), "{at}"));
+    }
 }
