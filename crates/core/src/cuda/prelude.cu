@@ -91,6 +91,8 @@ DEVICE void copy_async16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Brings the line of an address into the level-2 cache.
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 // Waits until at most `Pending` of the committed groups are still under way.
 template <int Pending>
 DEVICE void copy_async_wait() {

@@ -1,7 +1,7 @@
 // What the kernels of the selective scan share: who owns what, the tiles, the states.
 //
-// A channel's N states are spread over LANES lanes of a warp, NS each (those beyond N are zero), and a warp has CH
-// channels, side by side in its lowest lanes. A block has WARPS warps and so CB channels of one group; it walks through
+// A channel's N states are spread over LANES neighbouring lanes of a warp, NS each (those beyond N are zero), and a warp
+// has CH channels. A block has WARPS warps and so CB channels of one group; it walks through
 // a part of the pack's rows, tile by tile, and through the segments in it. State n of a channel is multiplied by
 // 2^(Δ A log2 e) a step, its decay.
 //
@@ -30,24 +30,23 @@ struct Scan {
 
 // What a thread has: lane s of those that share channel c of the block.
 struct Place {
-    int c, s, width;
-    i64 first, column, channels;
+    const Scan& scan;
+    int c, s, width, first, column;
 
-    DEVICE explicit Place(const Scan& scan) {
+    DEVICE explicit Place(const Scan& scan) : scan(scan) {
         int lane = threadIdx.x % WARP;
-        c = threadIdx.x / WARP * CH + lane % CH;
-        s = lane / CH;
+        c = threadIdx.x / LANES;
+        s = lane % LANES;
         // 32 bits hold the numbers of blocks and parts; dividing 64 bits is a call.
         u32 group = blockIdx.x / static_cast<u32>(scan.group_blocks), block = blockIdx.x % static_cast<u32>(scan.group_blocks);
-        first = group * scan.group_width + static_cast<i64>(block) * CB;
-        i64 left = scan.group_width - static_cast<i64>(block) * CB;
-        width = left < CB ? static_cast<int>(left) : CB;
-        column = static_cast<i64>(group) * N;
-        channels = scan.channels;
+        int group_width = static_cast<int>(scan.group_width), left = group_width - block * CB;
+        first = group * group_width + block * CB;
+        width = left < CB ? left : CB;
+        column = group * N;
     }
     DEVICE bool owns(int i) const { return c < width && s * NS + i < N; }
     // Of state i of the thread in a row of states.
-    DEVICE i64 at(int i) const { return static_cast<i64>(s * NS + i) * channels + first + c; }
+    DEVICE i64 at(int i) const { return static_cast<i64>(s * NS + i) * scan.channels + first + c; }
     DEVICE void load(float* h, const float* row) const {
 #pragma unroll
         for (int i = 0; i < NS; i++) h[i] = row != nullptr && owns(i) ? row[at(i)] : 0.0f;
@@ -58,7 +57,7 @@ struct Place {
             if (owns(i)) row[at(i)] = h[i];
     }
     // A of the thread's states, times `factor`.
-    DEVICE void rates(float* a, const Scan& scan, float factor) const {
+    DEVICE void rates(float* a, float factor) const {
 #pragma unroll
         for (int i = 0; i < NS; i++) a[i] = owns(i) ? scan.a.row(first + c)[s * NS + i] * factor : 0.0f;
     }
@@ -122,7 +121,7 @@ DEVICE float* carried(float* carry, i64 part, i64 channels) { return carry + par
 DEVICE float* saved_initial(float* carry, i64 part, i64 channels) { return carried(carry, part, channels) + (N + 1) * channels; }
 
 DEVICE void carry_on(float* h, const float* a2, const float* from, bool first, const Place& at) {
-    float sum = at.c < at.width ? from[N * at.channels + at.first + at.c] : 0.0f;
+    float sum = at.c < at.width ? from[N * at.scan.channels + at.first + at.c] : 0.0f;
 #pragma unroll
     for (int i = 0; i < NS; i++) {
         float here = at.owns(i) ? from[at.at(i)] : 0.0f;
@@ -145,6 +144,21 @@ DEVICE void stage(T* to, const T* from) {
     } else {
         *to = *from;
     }
+}
+
+// Whether tensor cores form sums over lanes: in tf32, which keeps 11 bits of what is added up and is finer than bf16.
+constexpr bool TENSOR = sizeof(T) == 2 && LANES == 4 && NS == 4;
+
+// Σ_n c[n] v[n] over the states of two steps j, j + 1 of eight, where lane (g, t) has c of step g, states 4t ..: channel g's
+// sums come to lane t = j / 2. The matrices are v [channels, states], with the second step's below the first's, and
+// c [states, steps]; of their product the columns of the two steps are kept.
+DEVICE void contract_pair(float* sums, const float* v0, const float* v1, const float* c, int j) {
+    float d[4] = {}, low[4] = {v0[0], v1[0], v0[1], v1[1]}, high[4] = {v0[2], v1[2], v0[3], v1[3]};
+    mma_tf32(d, low, c);
+    mma_tf32(d, high, c + 2);
+    bool mine = threadIdx.x % 4 == j / 2;
+    sums[0] = mine ? d[0] : sums[0];
+    sums[1] = mine ? d[3] : sums[1];
 }
 
 // Sums `Count` values over `Lanes` lanes whose numbers differ by multiples of `Stride`; `number` counts the thread among
@@ -178,6 +192,12 @@ DEVICE int kept_first(int number) {
 DEVICE float exp_m1(float u, float e) {
     float series = u * (1.0f + u * 0.5f * (1.0f + u * 0.33333333f * (1.0f + u * 0.25f * (1.0f + u * 0.2f * (1.0f + u * 0.16666667f)))));
     return fabsf(u) < 0.3f ? series : e - 1.0f;
+}
+
+// dΔ/d(dt) = 1 - e^-Δ, which is the logistic function.
+DEVICE float slope_of_step_size(float delta) {
+    float e = ex2(-LOG2_E * delta);
+    return sizeof(T) == 2 ? 1.0f - e : -exp_m1(-delta, e);
 }
 
 #if ZOH

@@ -285,7 +285,8 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     launcher.launch(kernel.args([scan, gradients, carry.into(), by_channel, by_time]))?;
     let d_state = cut.spread.d_state;
     if db.is_some() || dc.is_some() {
-        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS);
+        let wide = if launch.vb.is_multiple_of(4) { 4 } else { 1 };
+        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS * wide);
         let kernel = cut.kernel(&BACKWARD, "add_channels", &launch).grid(blocks, cut.groups, 1);
         launcher.launch(kernel.threads(ADDING_THREADS as u32).args([
             channel_parts.into(),

@@ -2,7 +2,7 @@
 //
 // A block stages a tile of dt, x, z, B and C in shared memory while it works on the tile before; Δ, Δx and the gate are
 // computed once an element, and what remains a state and step is the decay (one exponential) and three multiply-adds.
-// Sums over a channel's lanes are formed for four steps together.
+// Sums over a channel's lanes are formed for several steps together, by tensor cores where activations are bf16.
 //
 // The pack's rows are cut into parts so that there are blocks enough. A segment that reaches over the end of a part
 // leaves that part's own end state behind (`end_states`); `scan_parts` makes its start state of them. Where parts end
@@ -146,25 +146,44 @@ DEVICE float walk(const Scan& scan, const Place& at, Tile& tile, float* h, const
         tile.prepare<Output>(at, buffer, steps);
         if (Output && kept.present() && (row == from || row % CHUNK == 0)) at.store(kept.row(kept_row(row, segment)), h);
         __syncthreads();
-        for (int t = 0; t < steps; t += 4) {
-            float out[4];
+        if constexpr (TENSOR && Output) {
+            for (int t = 0; t < steps; t += 8) {
+                float c[4], out[2] = {};
+                load<4>(c, tile.bc + (t + threadIdx.x % WARP / 4) * 2 * NP + NP + at.s * 4);
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                f32x2 du = tile.du[(t + k) * CB + at.c];
-                float b[NS], c[NS];
-                load<NS>(b, tile.bc + (t + k) * 2 * NP + at.s * NS);
-                advance(h, a2, b, du);
-                if (Output) {
-                    load<NS>(c, tile.bc + (t + k) * 2 * NP + NP + at.s * NS);
-                    out[k] = 0.0f;
+                for (int j = 0; j < 8; j += 2) {
+                    float b[NS], before[NS];
+                    load<NS>(b, tile.bc + (t + j) * 2 * NP + at.s * NS);
+                    advance(h, a2, b, tile.du[(t + j) * CB + at.c]);
 #pragma unroll
-                    for (int i = 0; i < NS; i++) out[k] += c[i] * h[i];
-                } else {
-                    sum += du.x;
+                    for (int i = 0; i < NS; i++) before[i] = h[i];
+                    load<NS>(b, tile.bc + (t + j + 1) * 2 * NP + at.s * NS);
+                    advance(h, a2, b, tile.du[(t + j + 1) * CB + at.c]);
+                    contract_pair(out, before, h, c, j);
                 }
+                tile.y[(t + 2 * at.s) * CB + at.c] = out[0];
+                tile.y[(t + 2 * at.s + 1) * CB + at.c] = out[1];
             }
-            if (Output) {
-                sum_lanes<4, LANES, CH>(out, at.s);
+        } else {
+            for (int t = 0; t < steps; t += 4) {
+                float out[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    f32x2 du = tile.du[(t + k) * CB + at.c];
+                    float b[NS], c[NS];
+                    load<NS>(b, tile.bc + (t + k) * 2 * NP + at.s * NS);
+                    advance(h, a2, b, du);
+                    if (Output) {
+                        load<NS>(c, tile.bc + (t + k) * 2 * NP + NP + at.s * NS);
+                        out[k] = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < NS; i++) out[k] += c[i] * h[i];
+                    } else {
+                        sum += du.x;
+                    }
+                }
+                if (!Output) continue;
+                sum_lanes<4, LANES, 1>(out, at.s);
                 int mine = kept_first<4, LANES>(at.s);
 #pragma unroll
                 for (int k = 0; k < (LANES < 4 ? 4 / LANES : 1); k++) tile.y[(t + mine + k) * CB + at.c] = out[k];
@@ -186,7 +205,7 @@ KERNEL __launch_bounds__(THREADS) scan_parts(Scan scan, Mat<float> initial, Mat<
     int part = blockIdx.y, first = static_cast<int>(part * scan.part_rows);
     int end = smaller(first + scan.part_rows, scan.tokens);
     float a2[NS], h[NS];
-    at.rates(a2, scan, LOG2_E);
+    at.rates(a2, LOG2_E);
     tile.load_vectors(scan, at);
     int covered = scan.segments > 0 ? scan.offsets[0] : end;
     clear_rows(y, first, smaller(covered, end), at);
@@ -217,7 +236,7 @@ KERNEL __launch_bounds__(THREADS) end_states(Scan scan, Mat<float> initial, floa
     int s = segment_of(scan.offsets, static_cast<int>(scan.segments), end);
     if (s < 0 || scan.offsets[s] == end) return;
     float a2[NS], h[NS];
-    at.rates(a2, scan, LOG2_E);
+    at.rates(a2, LOG2_E);
     tile.load_vectors(scan, at);
     int start = scan.offsets[s];
     at.load(h, start >= first && initial.present() ? initial.row(s) : nullptr);
@@ -233,7 +252,7 @@ KERNEL __launch_bounds__(THREADS) end_states(Scan scan, Mat<float> initial, floa
 KERNEL __launch_bounds__(THREADS) scan_segments(Scan scan, Mat<float> initial, Mat<T> y, Mat<float> last, Mat<float> kept) {
     Place at(scan);
     float a2[NS], h[NS];
-    at.rates(a2, scan, LOG2_E);
+    at.rates(a2, LOG2_E);
     int s = blockIdx.y, start = scan.offsets[s], stop = scan.offsets[s + 1];
     i64 channel = at.first + at.c;
     bool real = at.c < at.width;
@@ -251,7 +270,7 @@ KERNEL __launch_bounds__(THREADS) scan_segments(Scan scan, Mat<float> initial, M
 #pragma unroll
         for (int i = 0; i < NS; i++)
             if (at.owns(i)) out += to_f32(scan.c.row(t)[at.column + at.s * NS + i]) * h[i];
-        sum_lanes<1, LANES, CH>(&out, at.s);
+        sum_lanes<1, LANES, 1>(&out, at.s);
         out += skip * x;
         if (real && scan.z.present()) out *= silu(to_f32(scan.z.row(t)[channel]));
         if (y.present() && real && at.s == 0) set(y.row(t)[channel], out);
