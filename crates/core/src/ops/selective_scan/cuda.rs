@@ -118,9 +118,10 @@ impl Cut {
         self.groups * self.group_blocks
     }
 
-    /// Numbers that parts leave for each other.
+    /// Numbers that parts leave for each other; what follows is aligned to 16 bytes.
     fn carry(&self) -> usize {
-        if self.parts > 1 { self.parts * (2 * self.spread.d_state + 1) * self.channels } else { 0 }
+        let each = (2 * self.spread.d_state + 1) * self.channels;
+        if self.parts > 1 { (self.parts * each).next_multiple_of(4) } else { 0 }
     }
 
     fn channel_parts(&self) -> usize {
