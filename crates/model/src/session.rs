@@ -6,7 +6,7 @@ use hognose_core::{Buffer, Device, Graph, Pack, Plan, Slice};
 
 use crate::config::{Mixer, ModelConfig};
 use crate::error::Error;
-use crate::network::{IDS, ROWS, Recorder, SEGMENTS, States};
+use crate::network::{IDS, ROWS, Recorder, SEGMENTS, States, has_step};
 use crate::state::{State, StatePool};
 use crate::weights::{Form, Weights};
 
@@ -45,6 +45,8 @@ pub struct Session<'m> {
 struct Shape {
     tokens: usize,
     rows: usize,
+    /// One token of every slot, with all logits.
+    step: bool,
 }
 
 #[derive(Debug)]
@@ -164,7 +166,7 @@ impl<'m> Session<'m> {
         if let Some(&row) = rows.iter().find(|&&r| r >= ids.len()) {
             return Err(Error::Row { row, rows: ids.len() });
         }
-        let shape = Shape { tokens: ids.len(), rows: rows.len() };
+        let shape = self.shape(pack, rows);
         if !self.plans.contains_key(&shape) {
             let compiled = self.compile(shape)?;
             if compiled.plan.arena_bytes() > self.arena.bytes() {
@@ -189,9 +191,20 @@ impl<'m> Session<'m> {
     /// As [`Session::run`].
     pub fn profile(&mut self, ids: &[u32], pack: &Pack, rows: &[usize]) -> Result<Vec<(&'static str, f64)>, Error> {
         self.run(ids, pack, rows)?;
-        let compiled = &self.plans[&Shape { tokens: ids.len(), rows: rows.len() }];
+        let compiled = &self.plans[&self.shape(pack, rows)];
         let bindings = self.bindings(compiled, ids, pack, rows);
         Ok(self.model.device.profile(&compiled.plan, &self.arena, &bindings)?)
+    }
+
+    /// Which plan a call needs.
+    fn shape(&self, pack: &Pack, rows: &[usize]) -> Shape {
+        let Model { config, weights, .. } = self.model;
+        let tokens = pack.tokens();
+        let one_each = rows.len() == tokens
+            && tokens == pack.segments()
+            && pack.offsets().iter().enumerate().all(|(i, &offset)| i as i32 == offset)
+            && rows.iter().enumerate().all(|(i, &row)| i == row);
+        Shape { tokens, rows: rows.len(), step: one_each && has_step(config, weights.form(), tokens) }
     }
 
     /// Writes the inputs of a call and says where the memory of its externals is.
@@ -241,7 +254,10 @@ impl<'m> Session<'m> {
 
     fn compile(&self, shape: Shape) -> Result<Compiled, Error> {
         let Model { config, weights, device } = self.model;
-        let plan = device.plan(graph(config, weights.form(), self.pool.slots(), shape.tokens, shape.rows)?)?;
+        let plan = device.plan(match shape.step {
+            true => step_graph(config, weights.form(), self.pool.slots(), shape.tokens)?,
+            false => graph(config, weights.form(), self.pool.slots(), shape.tokens, shape.rows)?,
+        })?;
         let mut io_bytes = 0;
         let mut logits = 0;
         let mut sources = Vec::new();
@@ -279,6 +295,17 @@ pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows
         let logits = recorder.logits(hidden)?;
         recorder.graph.output(LOGITS, logits)?;
     }
+    Ok(recorder.graph)
+}
+
+/// Records a step of `tokens` of `slots` sequences on a GPU, with the logits of all of them.
+///
+/// # Errors
+/// Sizes that the ops refuse; [`has_step`] says beforehand whether they do.
+pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
+    let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
+    let logits = recorder.step_logits()?;
+    recorder.graph.output(LOGITS, logits)?;
     Ok(recorder.graph)
 }
 

@@ -4,6 +4,9 @@
 mod mamba1;
 mod mamba2;
 mod mlp;
+mod step;
+
+pub use step::has_step;
 
 use std::collections::BTreeMap;
 
@@ -31,6 +34,8 @@ pub const LOSS_SCALE: &str = "loss_scale";
 pub const DROPOUT_SEED: &str = "dropout_seed";
 /// Name of the external with the rows whose logits are wanted, i32 `[1, rows]`.
 pub const ROWS: &str = "rows";
+/// Name of the external with the slots that the tokens of a step continue, i32 `[1, tokens]`.
+pub const SLOTS: &str = "slots";
 
 /// Name of the external with a layer's state: the state that segments start from, and the one they end with.
 pub fn state_name(layer: usize, part: &str, end: bool) -> String {
