@@ -368,6 +368,22 @@ impl Device {
         Ok(())
     }
 
+    /// Runs a plan for a GPU on the memory of this CPU, by emulation; see [`crate::cuda::emulator`].
+    #[cfg(test)]
+    pub(crate) fn emulate(
+        &self,
+        plan: &Plan,
+        gpu: &crate::cuda::Properties,
+        arena: &Buffer,
+        bindings: &[Slice<'_>],
+        reversed: bool,
+    ) -> Result<(), Error> {
+        let externals = self.check_bindings(plan, arena, bindings)?;
+        let mut collected = Launcher::collect(gpu);
+        plan.run_cuda(&mut collected, arena.ptr.as_ptr(), &externals)?;
+        plan.run_cuda(&mut Launcher::emulate(collected, reversed)?, arena.ptr.as_ptr(), &externals)
+    }
+
     /// Seconds that each op of a plan takes by itself, in order, with the op's name: the fastest of some runs. Ops that
     /// update memory in place do so at every run.
     ///

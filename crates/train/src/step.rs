@@ -205,7 +205,7 @@ fn store_gradient(
     let dest = graph.external(format!("{GRAD}{name}"), DType::F32, rows, cols);
     let value = match (gradient, accumulate) {
         (Some(gradient), false) => gradient,
-        (Some(gradient), true) => elementwise::add(graph, gradient, dest)?,
+        (Some(gradient), true) => graph.plus(gradient, dest)?,
         (None, false) => elementwise::fill(graph, DType::F32, rows, cols, 0.0)?,
         (None, true) => return Ok(()),
     };

@@ -14,7 +14,7 @@ use crate::graph::Mat;
 /// Scratch memory of cuBLASLt, as NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// out = a · b (+ out), where a and b are row-major matrices or transposed ones.
+/// out = a · b (+ start), where a and b are row-major matrices or transposed ones.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     /// `[m, n]`
@@ -29,14 +29,14 @@ pub struct Product {
     pub b_transposed: bool,
     /// Added to each row `[1, n]`, f32 or of out's type.
     pub bias: Option<Mat>,
-    /// Adds to what is in `out` instead of replacing it.
-    pub accumulate: bool,
+    /// Added to the product `[m, n]`, of out's type; it may be `out` itself.
+    pub start: Option<Mat>,
 }
 
 impl Product {
     /// out = a · b, each with whether it is transposed.
     pub fn new(out: Mat, (a, a_transposed): (Mat, bool), (b, b_transposed): (Mat, bool)) -> Product {
-        Product { out, a, a_transposed, b, b_transposed, bias: None, accumulate: false }
+        Product { out, a, a_transposed, b, b_transposed, bias: None, start: None }
     }
 }
 
@@ -44,18 +44,19 @@ impl Product {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     sizes: [usize; 3],
-    strides: [usize; 3],
+    strides: [usize; 4],
     types: [DType; 3],
     transposed: [bool; 2],
-    accumulate: bool,
+    start: bool,
     bias: Option<DType>,
-    alignment: [u32; 3],
+    alignment: [u32; 4],
 }
 
 #[derive(Debug)]
 struct Chosen {
     desc: sys::cublasLtMatmulDesc_t,
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    /// Of a, b, the start and out.
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
     algo: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -105,14 +106,15 @@ impl Blas {
         if m == 0 || n == 0 {
             return Ok(());
         }
+        let start = p.start.unwrap_or(p.out);
         let shape = Shape {
             sizes: [m, n, k],
-            strides: [p.a.stride, p.b.stride, p.out.stride],
+            strides: [p.a.stride, p.b.stride, start.stride, p.out.stride],
             types: [p.a.dtype, p.b.dtype, p.out.dtype],
             transposed: [p.a_transposed, p.b_transposed],
-            accumulate: p.accumulate,
+            start: p.start.is_some(),
             bias: p.bias.map(|b| b.dtype),
-            alignment: [alignment(&p.a), alignment(&p.b), alignment(&p.out)],
+            alignment: [p.a, p.b, start, p.out].map(|m| alignment(&m)),
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.workspace == 0 {
@@ -125,7 +127,7 @@ impl Blas {
         }
         let Some(chosen) = state.chosen.get(&shape) else { return Ok(()) };
         let alpha = 1.0f32;
-        let beta = if p.accumulate { 1.0f32 } else { 0.0 };
+        let beta = if p.start.is_some() { 1.0f32 } else { 0.0 };
         // SAFETY: descriptors and layouts live in `chosen`; addresses were checked when the plan was bound. The library
         // is column-major: a row-major product is the product of the transposed operands in the other order.
         unsafe {
@@ -137,7 +139,7 @@ impl Blas {
                     &address,
                 )?;
             }
-            let [a, b, out] = chosen.layouts;
+            let [a, b, c, out] = chosen.layouts;
             result::matmul(
                 self.handle,
                 chosen.desc,
@@ -147,8 +149,8 @@ impl Blas {
                 b,
                 p.a.address() as *const c_void,
                 a,
-                p.out.address() as *const c_void,
-                out,
+                start.address() as *const c_void,
+                c,
                 p.out.address() as *mut c_void,
                 out,
                 &raw const chosen.algo,
@@ -196,7 +198,8 @@ impl Blas {
             }
             let a = layout(s.types[0], m, k, s.transposed[0], s.strides[0])?;
             let b = layout(s.types[1], k, n, s.transposed[1], s.strides[1])?;
-            let out = layout(s.types[2], m, n, false, s.strides[2])?;
+            let c = layout(s.types[2], m, n, false, s.strides[2])?;
+            let out = layout(s.types[2], m, n, false, s.strides[3])?;
             let pref = result::create_matmul_pref().map_err(describe)?;
             let set_pref = |attribute, value: &u32| {
                 result::set_matmul_pref_attribute(pref, attribute, (value as *const u32).cast(), 4).map_err(describe)
@@ -212,11 +215,11 @@ impl Blas {
             set_pref(Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s.alignment[1])?;
             set_pref(Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s.alignment[0])?;
             set_pref(Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s.alignment[2])?;
-            set_pref(Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s.alignment[2])?;
+            set_pref(Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s.alignment[3])?;
             let heuristic =
-                result::get_matmul_algo_heuristic(self.handle, desc, b, a, out, out, pref).map_err(describe)?;
+                result::get_matmul_algo_heuristic(self.handle, desc, b, a, c, out, pref).map_err(describe)?;
             result::destroy_matmul_pref(pref).map_err(describe)?;
-            Ok(Chosen { desc, layouts: [a, b, out], algo: heuristic.algo })
+            Ok(Chosen { desc, layouts: [a, b, c, out], algo: heuristic.algo })
         }
     }
 }

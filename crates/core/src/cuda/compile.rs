@@ -14,7 +14,7 @@ use super::{check, cuda_error};
 use crate::error::Error;
 
 /// Put in front of every kernel.
-const PRELUDE: &str = include_str!("prelude.cu");
+pub(super) const PRELUDE: &str = include_str!("prelude.cu");
 
 /// The CUDA C++ of an op. Its kernels vary by macros that a launch defines.
 #[derive(Debug)]

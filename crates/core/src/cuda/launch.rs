@@ -10,6 +10,8 @@ use cudarc::driver::sys;
 
 use super::blas::Product;
 use super::compile::{Program, Variant};
+#[cfg(test)]
+use super::emulator;
 use super::{Cuda, Properties, check, cuda_error};
 use crate::dtype::DType;
 use crate::error::Error;
@@ -73,13 +75,13 @@ impl From<f32> for Arg {
 /// A launch that is being written down.
 #[derive(Debug)]
 pub struct Kernel {
-    variant: Variant,
-    entry: &'static str,
-    grid: [usize; 3],
-    threads: u32,
-    shared: usize,
+    pub(super) variant: Variant,
+    pub(super) entry: &'static str,
+    pub(super) grid: [usize; 3],
+    pub(super) threads: u32,
+    pub(super) shared: usize,
     overlapping: bool,
-    args: Vec<Arg>,
+    pub(super) args: Vec<Arg>,
 }
 
 impl Kernel {
@@ -163,6 +165,45 @@ enum Target<'a> {
     Collect(HashMap<String, Variant>),
     /// Enqueues them.
     Run(&'a Cuda),
+    /// Runs them on the CPU, where blocks and threads may take turns in the reversed order.
+    #[cfg(test)]
+    Emulate { reversed: bool },
+}
+
+/// Arguments as the driver wants them: the address of each.
+#[derive(Debug)]
+pub(super) struct Parameters<'a> {
+    args: &'a [Arg],
+    /// Each argument in 16 bytes of its own, as the kernel's parameter has it.
+    values: Vec<[u64; 2]>,
+    addresses: Vec<*mut c_void>,
+}
+
+impl<'a> Parameters<'a> {
+    pub(super) fn new(args: &'a [Arg]) -> Parameters<'a> {
+        let value = |arg: &Arg| match *arg {
+            Arg::Mat(ptr, stride) => [ptr, stride as u64],
+            Arg::Ptr(ptr) => [ptr, 0],
+            Arg::I32(v) => [u64::from(v as u32), 0],
+            Arg::I64(v) => [v as u64, 0],
+            Arg::F32(v) => [u64::from(v.to_bits()), 0],
+            Arg::Table(_) => [0; 2],
+        };
+        Parameters { args, values: args.iter().map(value).collect(), addresses: Vec::new() }
+    }
+
+    /// The addresses, valid as long as this is neither moved nor dropped.
+    pub(super) fn addresses(&mut self) -> &mut [*mut c_void] {
+        let address = |(arg, value): (&Arg, &mut [u64; 2])| -> *mut c_void {
+            match arg {
+                // It is only read.
+                Arg::Table(table) => table.as_ptr().cast_mut().cast(),
+                _ => value.as_mut_ptr().cast(),
+            }
+        };
+        self.addresses = self.args.iter().zip(&mut self.values).map(address).collect();
+        &mut self.addresses
+    }
 }
 
 impl<'a> Launcher<'a> {
@@ -176,11 +217,19 @@ impl<'a> Launcher<'a> {
         Launcher { properties: cuda.properties(), target: Target::Run(cuda) }
     }
 
+    /// Runs on the CPU what was collected before.
+    #[cfg(test)]
+    pub(crate) fn emulate(collected: Launcher<'a>, reversed: bool) -> Result<Launcher<'a>, Error> {
+        let properties = collected.properties;
+        emulator::prepare(&collected.variants())?;
+        Ok(Launcher { properties, target: Target::Emulate { reversed } })
+    }
+
     /// The kernels that were asked for, by key, if this collects.
     pub fn variants(self) -> HashMap<String, Variant> {
         match self.target {
             Target::Collect(variants) => variants,
-            Target::Run(_) => HashMap::new(),
+            _ => HashMap::new(),
         }
     }
 
@@ -212,29 +261,11 @@ impl<'a> Launcher<'a> {
                 return Ok(());
             }
             Target::Run(cuda) => *cuda,
+            #[cfg(test)]
+            Target::Emulate { reversed } => return emulator::launch(&kernel, self.properties.shared, *reversed),
         };
         let function = cuda.kernels().function(&key, kernel.entry, kernel.shared as u32)?;
-        // Each argument in 16 bytes of its own, as the kernel's parameter has it.
-        let mut values: Vec<[u64; 2]> = kernel
-            .args
-            .iter()
-            .map(|arg| match *arg {
-                Arg::Mat(ptr, stride) => [ptr, stride as u64],
-                Arg::Ptr(ptr) => [ptr, 0],
-                Arg::I32(v) => [u64::from(v as u32), 0],
-                Arg::I64(v) => [v as u64, 0],
-                Arg::F32(v) => [u64::from(v.to_bits()), 0],
-                Arg::Table(_) => [0; 2],
-            })
-            .collect();
-        let param = |(arg, value): (&Arg, &mut [u64; 2])| -> *mut c_void {
-            match arg {
-                // The driver only reads it.
-                Arg::Table(table) => table.as_ptr().cast_mut().cast(),
-                _ => value.as_mut_ptr().cast(),
-            }
-        };
-        let mut params: Vec<*mut c_void> = kernel.args.iter().zip(&mut values).map(param).collect();
+        let mut parameters = Parameters::new(&kernel.args);
         // SAFETY: all zeros is a valid value of this plain structure.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -253,7 +284,9 @@ impl<'a> Launcher<'a> {
         };
         // SAFETY: the function is loaded, its parameters are laid out as it expects them (the tests of each op see to
         // it), and the driver copies them before it returns.
-        let result = unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) };
+        let result = unsafe {
+            sys::cuLaunchKernelEx(&config, function, parameters.addresses().as_mut_ptr(), std::ptr::null_mut())
+        };
         check(&format!("{key} {}", kernel.entry), result)
     }
 
@@ -265,6 +298,11 @@ impl<'a> Launcher<'a> {
         match &self.target {
             Target::Collect(_) => Ok(()),
             Target::Run(cuda) => cuda.blas().run(cuda, product),
+            #[cfg(test)]
+            Target::Emulate { .. } => {
+                emulator::product(product);
+                Ok(())
+            }
         }
     }
 
@@ -277,6 +315,12 @@ impl<'a> Launcher<'a> {
             Target::Run(cuda) if bytes > 0 => {
                 // SAFETY: the caller's memory; it was checked when the plan was bound.
                 check("clearing memory", unsafe { sys::cuMemsetD8Async(ptr as u64, 0, bytes, cuda.stream()) })
+            }
+            #[cfg(test)]
+            Target::Emulate { .. } => {
+                // SAFETY: as above.
+                unsafe { ptr.write_bytes(0, bytes) };
+                Ok(())
             }
             _ => Ok(()),
         }

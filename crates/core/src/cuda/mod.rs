@@ -6,6 +6,8 @@
 pub mod blas;
 mod ceiling;
 pub mod compile;
+#[cfg(test)]
+mod emulator;
 pub mod launch;
 pub mod library;
 pub mod replay;

@@ -6,7 +6,8 @@
 // - pointers and strides come as Mat<T>, an optional operand that is missing has data == nullptr;
 // - offsets into matrices are 64-bit.
 //
-// The part below `#ifndef FAKE_CUDA` is what tests/fake-cuda replaces to run kernels on a CPU.
+// Assembler stands here only, between `#ifndef FAKE_CUDA` and its end: to run kernels on a CPU, tests replace this part by
+// emulator/emulator.h, so what is added here needs a counterpart there.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

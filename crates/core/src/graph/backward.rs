@@ -100,12 +100,39 @@ impl Graph {
         of: TensorId,
         gradient: TensorId,
     ) -> Result<(), Error> {
-        let sum = match gradients.get(&of) {
-            Some(&sum) => elementwise::add(self, sum, gradient)?,
+        let sum = match gradients.get(&of).copied() {
+            // A tensor that is the gradient of something else, too, must stay what it is.
+            Some(sum) if gradients.values().any(|&t| t == gradient) => elementwise::add(self, sum, gradient)?,
+            Some(sum) => self.plus(gradient, sum)?,
             None => gradient,
         };
         gradients.insert(of, sum);
         Ok(())
+    }
+
+    /// t + start. Where the op that makes t can start from a given value and nobody reads t by itself, that op makes the
+    /// sum in its place: one pass over memory instead of two.
+    ///
+    /// # Errors
+    /// Other shapes or types.
+    pub fn plus(&mut self, t: TensorId, start: TensorId) -> Result<TensorId, Error> {
+        let (a, b) = (self.tensor(t), self.tensor(start));
+        let alike = (a.rows, a.cols, a.dtype) == (b.rows, b.cols, b.dtype);
+        let makes = |n: &Node, t| n.outputs.contains(&Some(t));
+        if let Some(maker) = self.nodes.iter().rposition(|n| makes(n, t))
+            && let Some(place) = self.nodes[maker].op.start_input()
+        {
+            let later = &self.nodes[maker..];
+            let given = self.nodes[maker].inputs.get(place).is_some_and(Option::is_some);
+            let read = later.iter().any(|n| n.inputs.contains(&Some(t)));
+            if alike && !given && !read && !later.iter().any(|n| makes(n, start)) {
+                let inputs = &mut self.nodes[maker].inputs;
+                inputs.resize(inputs.len().max(place + 1), None);
+                inputs[place] = Some(start);
+                return Ok(t);
+            }
+        }
+        elementwise::add(self, start, t)
     }
 
     /// Appends a copy of the nodes of a region that makes new tensors from the region's inputs. Gradients known so far

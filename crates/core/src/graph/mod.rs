@@ -123,6 +123,11 @@ pub trait Op: Debug + Send + Sync {
         None
     }
 
+    /// The input whose value the op adds to its first output, if it can: sums of gradients then need no pass of their own.
+    fn start_input(&self) -> Option<usize> {
+        None
+    }
+
     /// Scratch bytes needed while the op runs on the CPU. Must not depend on the number of threads where results do.
     fn workspace(&self, _graph: &Graph, _node: &Node, _cpu: &Cpu) -> usize {
         0

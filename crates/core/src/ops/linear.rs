@@ -159,7 +159,7 @@ fn product_flops(g: &Graph, a: TensorId, n: usize) -> f64 {
     2.0 * g.rows(a) as f64 * g.cols(a) as f64 * n as f64
 }
 
-/// dx = dy · W.
+/// dx = dy · W, or with a third input that plus dy · W.
 #[derive(Debug)]
 struct LinearDx;
 
@@ -168,21 +168,26 @@ impl Op for LinearDx {
         "linear_dx"
     }
 
+    fn start_input(&self) -> Option<usize> {
+        Some(2)
+    }
+
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         product_flops(g, node.input(0), g.cols(node.input(1)))
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
-        unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)), view(io.input(1))) }
+        unsafe { gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)), view(io.input(1))) }
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
-        launcher.product(&Product::new(io.output(0), (io.input(0), false), (io.input(1), false)))
+        let product = Product::new(io.output(0), (io.input(0), false), (io.input(1), false));
+        launcher.product(&Product { start: io.optional_input(2), ..product })
     }
 }
 
-/// dW = dyᵀ · x: sums over tokens in order.
+/// dW = dyᵀ · x, or with a third input that plus dyᵀ · x: sums over tokens in order.
 #[derive(Debug)]
 struct LinearDw;
 
@@ -191,18 +196,38 @@ impl Op for LinearDw {
         "linear_dw"
     }
 
+    fn start_input(&self) -> Option<usize> {
+        Some(2)
+    }
+
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         product_flops(g, node.input(0), g.cols(node.input(1)))
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
-        unsafe { gemm(cpu, view_mut(io.output(0)), Start::Zero, view(io.input(0)).t(), view(io.input(1))) }
+        unsafe { gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)).t(), view(io.input(1))) }
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
-        launcher.product(&Product::new(io.output(0), (io.input(0), true), (io.input(1), false)))
+        let product = Product::new(io.output(0), (io.input(0), true), (io.input(1), false));
+        launcher.product(&Product { start: io.optional_input(2), ..product })
     }
+}
+
+/// What the gradient's product starts from on a CPU: zero, or the third input, copied into the output first.
+fn start(io: &Io<'_>, cpu: &Cpu) -> Start<'static> {
+    let Some(start) = io.optional_input(2) else { return Start::Zero };
+    let out = io.output(0);
+    if start.address() != out.address() {
+        cpu.pool.chunks(out.rows, (16 * 1024 / out.cols.max(1)).max(1), |rows| {
+            for r in rows {
+                // SAFETY: this task alone writes row r, and the start is another matrix.
+                unsafe { out.row_mut::<f32>(r).copy_from_slice(start.row(r)) };
+            }
+        });
+    }
+    Start::C
 }
 
 #[cfg(test)]
@@ -236,6 +261,30 @@ mod tests {
             let without = |g: &mut Graph, i: &[TensorId]| vec![linear(g, i[0], i[1], None).unwrap()];
             check_op(&inputs[..2], &["x", "w"], without, reference, BOUND);
         }
+    }
+
+    #[test]
+    fn gradients_of_two_readers_are_summed_by_the_product() {
+        let inputs = [("x", Value::random(9, 12, 1)), ("w", Value::random(5, 12, 2)), ("v", Value::random(3, 12, 3))];
+        let build = |g: &mut Graph, i: &[TensorId]| {
+            vec![linear(g, i[0], i[1], None).unwrap(), linear(g, i[0], i[2], None).unwrap()]
+        };
+        let expected = |v: &[Value]| {
+            let [y, u] = [1, 2].map(|w| reference(&[v[0].clone(), v[w].clone()]).remove(0));
+            vec![y, u]
+        };
+        check_op(&inputs, &["x", "w", "v"], build, expected, BOUND);
+        let mut g = Graph::new();
+        let ids: Vec<TensorId> = inputs.iter().map(|(name, v)| g.external(*name, DType::F32, v.rows, v.cols)).collect();
+        let seeds: Vec<(TensorId, TensorId)> = build(&mut g, &ids)
+            .into_iter()
+            .map(|y| {
+                let (rows, cols) = (g.rows(y), g.cols(y));
+                (y, elementwise::fill(&mut g, DType::F32, rows, cols, 2.0).unwrap())
+            })
+            .collect();
+        g.backward(&seeds, &ids[..1], crate::graph::Recompute::Nothing).unwrap();
+        assert!(g.nodes().iter().all(|n| n.op.name() != "add"), "the sum takes a pass of its own");
     }
 
     #[test]

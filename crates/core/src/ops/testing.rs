@@ -11,9 +11,10 @@ use half::bf16;
 use crate::cpu::Cpu;
 use crate::cpu::isa::Isa;
 use crate::cpu::pool::Pool;
+use crate::cuda::Properties;
 use crate::dtype::DType;
 use crate::graph::{Layout, Recompute};
-use crate::{Device, Graph, Slice, TensorId, rng};
+use crate::{Buffer, Device, Error, Graph, Plan, Slice, TensorId, rng};
 
 /// A matrix of test values; token ids and offsets are held as f64, too.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,12 +76,48 @@ pub const CUDA: &str = "cuda";
 /// those of the special function unit.
 pub const CUDA_SLACK: f64 = 4.0;
 
-/// The GPU, if `HOGNOSE_TEST_CUDA` is set: the tests then fail where there is none. `only` leaves the CPU out.
-fn gpu() -> Option<&'static Mutex<Device>> {
-    static GPU: OnceLock<Option<Mutex<Device>>> = OnceLock::new();
-    let open = || std::env::var_os("HOGNOSE_TEST_CUDA").map(|_| Mutex::new(Device::cuda(0).expect("a GPU")));
+/// Where kernels for GPUs run.
+enum Gpu {
+    /// The first GPU of the machine. One stream, which captures runs: one test at a time.
+    Real(Mutex<Device>),
+    /// A CPU with [`crate::cuda::emulator`].
+    Emulated(Device, Properties),
+}
+
+/// What `HOGNOSE_TEST_CUDA` asks for: `emulate` runs kernels for GPUs on the CPU, `1` on a GPU, and the tests then fail
+/// where there is none. With `only` (`emulate-only`) kernels for the CPU are left out.
+fn gpu() -> Option<&'static Gpu> {
+    static GPU: OnceLock<Option<Gpu>> = OnceLock::new();
+    let open = || match std::env::var("HOGNOSE_TEST_CUDA").ok()?.as_str() {
+        "emulate" | "emulate-only" => {
+            // The memory of a CPU is all that is used.
+            let cpu = Device::Cpu(Arc::new(Cpu { pool: Pool::new(1), isa: Isa::detect() }));
+            Some(Gpu::Emulated(cpu, Properties::of_arch((9, 0))))
+        }
+        _ => Some(Gpu::Real(Mutex::new(Device::cuda(0).expect("a GPU")))),
+    };
     GPU.get_or_init(open).as_ref()
 }
+
+impl Gpu {
+    /// Two runs, which must agree in every bit; emulated threads take turns in another order the second time.
+    fn run(&self, case: &Case) -> BTreeMap<String, Value> {
+        let [once, again] = match self {
+            Gpu::Real(device) => {
+                let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+                [(); 2].map(|()| case.run_in(&device, |graph| device.plan(graph), |p, a, b| device.run(p, a, b)))
+            }
+            Gpu::Emulated(cpu, gpu) => [false, true].map(|reversed| {
+                case.run_in(cpu, |graph| Plan::for_gpu(graph, gpu), |p, a, b| cpu.emulate(p, gpu, a, b, reversed))
+            }),
+        };
+        assert_eq!(once, again, "two runs on the GPU differ");
+        once
+    }
+}
+
+/// Bytes behind a buffer that no kernel may change, and what they are.
+const GUARD: (usize, u8) = (64, 0xA5);
 
 /// A graph with values for its inputs.
 #[derive(Default)]
@@ -126,7 +163,7 @@ impl Case {
     /// Runs at every instruction set of the machine, and on its GPU if the tests were asked to, and passes the name of
     /// the place and each result to `check`.
     pub fn run_everywhere(&self, mut check: impl FnMut(&str, &BTreeMap<String, Value>)) {
-        let only_gpu = std::env::var_os("HOGNOSE_TEST_CUDA").is_some_and(|v| v == "only");
+        let only_gpu = std::env::var("HOGNOSE_TEST_CUDA").is_ok_and(|v| v.ends_with("only"));
         for isa in Isa::available().into_iter().filter(|_| !only_gpu) {
             let out = self.run_on(isa, 2);
             assert_eq!(out, self.run_on(isa, 1), "{isa}: the number of threads changes bits");
@@ -142,11 +179,7 @@ impl Case {
             return;
         }
         if let Some(gpu) = gpu() {
-            // One stream, which captures runs: one test at a time.
-            let device = gpu.lock().unwrap_or_else(PoisonError::into_inner);
-            let out = self.run_in(&device);
-            assert_eq!(out, self.run_in(&device), "two runs on the GPU differ");
-            check(&out);
+            check(&gpu.run(self));
         }
     }
 
@@ -154,24 +187,35 @@ impl Case {
     pub fn run_on(&self, place: impl Display, threads: usize) -> BTreeMap<String, Value> {
         let place = place.to_string();
         if place == CUDA {
-            let device = gpu().expect("a GPU was asked for").lock().unwrap_or_else(PoisonError::into_inner);
-            return self.run_in(&device);
+            return gpu().expect("a GPU was asked for").run(self);
         }
         let isa = Isa::available().into_iter().find(|isa| isa.to_string() == place).expect("a level of this machine");
-        self.run_in(&Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa })))
+        let device = Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa }));
+        self.run_in(&device, |graph| device.plan(graph), |plan, arena, bindings| device.run(plan, arena, bindings))
     }
 
-    fn run_in(&self, device: &Device) -> BTreeMap<String, Value> {
-        let plan = device.plan(self.graph.clone()).unwrap();
-        // Garbage in the arena shows kernels that read what they did not write.
-        let arena = device.alloc(plan.arena_bytes()).unwrap();
-        arena.fill(0xFF);
+    /// Plans and runs by the two functions, in memory of the device.
+    fn run_in(
+        &self,
+        device: &Device,
+        plan: impl FnOnce(Graph) -> Result<Plan, Error>,
+        run: impl FnOnce(&Plan, &Buffer, &[Slice<'_>]) -> Result<(), Error>,
+    ) -> BTreeMap<String, Value> {
+        let plan = plan(self.graph.clone()).unwrap();
+        // Garbage shows kernels that read what they did not write, and a guard those that write where they may not.
+        let guarded = |bytes: usize| {
+            let buffer = device.alloc(bytes + GUARD.0).unwrap();
+            buffer.fill(0xFF);
+            buffer.write_bytes(bytes, &[GUARD.1; GUARD.0]);
+            buffer
+        };
+        let arena = guarded(plan.arena_bytes());
         let buffers: Vec<_> = plan
             .graph()
             .externals()
             .iter()
             .map(|e| {
-                let mut buffer = device.alloc(device.external_bytes(&plan, e.tensor)).unwrap();
+                let mut buffer = guarded(device.external_bytes(&plan, e.tensor));
                 if let Some((t, value)) = self.values.iter().find(|(t, _)| *t == e.tensor) {
                     if value.dtype == DType::I32 {
                         buffer.write(0, &value.data.iter().map(|&v| v as i32).collect::<Vec<_>>());
@@ -185,8 +229,15 @@ impl Case {
             })
             .collect();
         let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
-        device.run(&plan, &arena, &bindings).unwrap();
+        run(&plan, &arena, &bindings).unwrap_or_else(|error| panic!("{error}"));
         device.synchronize().unwrap();
+        for (buffer, name) in
+            buffers.iter().zip(plan.graph().externals().iter().map(|e| e.name.as_str())).chain([(&arena, "the arena")])
+        {
+            let mut behind = [0; GUARD.0];
+            buffer.read_bytes(buffer.bytes() - GUARD.0, &mut behind);
+            assert_eq!(behind, [GUARD.1; GUARD.0], "something was written behind {name}");
+        }
         let mut out = BTreeMap::new();
         for (name, t) in &self.outputs {
             let i = plan.graph().externals().iter().position(|e| e.tensor == *t).unwrap();

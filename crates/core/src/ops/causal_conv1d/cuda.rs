@@ -12,6 +12,8 @@ static PROGRAM: Program = Program { name: "causal_conv1d", source: include_str!(
 const THREADS: usize = 128;
 /// Rows of a run: long enough that the W − 1 rows that are read again cost little.
 const RUN: usize = 64;
+/// Rows that are read together, for filters of the usual width.
+const ROWS: usize = 4;
 /// Rows a segment up to which one thread walks over a whole segment.
 const SHORT: usize = 4;
 
@@ -43,6 +45,7 @@ impl Launch {
             .define("W", self.width)
             .define("V", self.v)
             .define("RUN", self.run)
+            .define("ROWS", if self.width <= 4 { ROWS } else { 1 })
             .define("SILU", i32::from(self.silu))
             .grid((self.channels / self.v).div_ceil(THREADS), parts, 1)
             .threads(THREADS as u32)
@@ -91,7 +94,7 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     let (bias, initial) = (io.optional_input(BIAS), io.optional_input(INITIAL_STATE));
     let (dy, dlast) = (io.optional_input(Gradient::DY), io.optional_input(Gradient::D_FINAL));
     let [dx, dweight, dbias, dinitial] = [X, WEIGHT, BIAS, INITIAL_STATE].map(|i| io.optional_output(i));
-    let launch = Launch::new(&gradient.forward, 2, &[Some(x), dy, dx]);
+    let launch = Launch::new(&gradient.forward, 4, &[Some(x), dy, dx]);
     let (segments, runs) = (offsets.cols - 1, x.rows.div_ceil(launch.run));
     let operands = [x.into(), weight.into(), bias.into(), initial.into(), address(offsets), dy.into(), dlast.into()];
     let parts = io.workspace().0;

@@ -1,7 +1,7 @@
 // The causal depthwise convolution over time, forward and backward.
 //
-// A thread owns V neighbouring channels and slides over a run of RUN rows with the last W − 1 inputs in registers, so
-// each input is read once (and W − 1 rows of the run before again). It finds the segment of its first row by binary
+// A thread owns V neighbouring channels and slides over a run of RUN rows, ROWS at a time, with the last W − 1 inputs in
+// registers, so each input is read once (and W − 1 rows of the run before again). It finds the segment of its first row by binary
 // search and follows the offsets from there. The last inputs of each segment are stored by a kernel of their own, or,
 // where segments are short, by the thread that walks over the whole segment.
 //
@@ -10,7 +10,7 @@
 // The gradient forms pre[t] again and keeps the last W values of d pre: dx[t] = Σ_k w[k] dpre[t + W − 1 − k]. Gradients of
 // the weight and the bias are sums over rows: one part a run, added in order by another kernel.
 //
-// Macros: T type of activations; W taps; V channels of a thread; RUN rows; SILU 0 or 1.
+// Macros: T type of activations; W taps; V channels of a thread; RUN rows of a thread, ROWS at a time; SILU 0 or 1.
 
 #define H (W - 1)
 
@@ -35,24 +35,39 @@ DEVICE void load_taps(float (*w)[V], float* b, Mat<float> weight, Mat<float> bia
     }
 }
 
-// y of rows [first, last) of one segment, whose earlier inputs are in `window`, oldest first; the window moves along.
-DEVICE void convolve(Mat<T> x, Mat<T> y, float (*window)[V], const float (*w)[V], const float* b, i64 first, i64 last, i64 channel) {
-    for (i64 t = first; t < last; t++) {
-        float now[V], out[V];
-        load<V>(now, x.row(t) + channel);
+// y of Rows rows from t on, whose earlier inputs are in `window`, oldest first; the window moves along. All rows are read
+// before the first is computed, so that enough reads are under way.
+template <int Rows>
+DEVICE void convolve_rows(Mat<T> x, Mat<T> y, float (*window)[V], const float (*w)[V], const float* b, i64 t, i64 channel) {
+    float in[H + Rows][V];
+#pragma unroll
+    for (int i = 0; i < Rows; i++) load<V>(in[H + i], x.row(t + i) + channel);
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int k = 0; k < H; k++) in[k][v] = window[k][v];
+#pragma unroll
+        for (int k = 0; k < H; k++) window[k][v] = in[Rows + k][v];
+    }
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+        float out[V];
 #pragma unroll
         for (int v = 0; v < V; v++) {
             out[v] = b[v];
 #pragma unroll
-            for (int k = 0; k < H; k++) out[v] += w[k][v] * window[k][v];
-            out[v] += w[H][v] * now[v];
+            for (int k = 0; k < W; k++) out[v] += w[k][v] * in[i + k][v];
             if (SILU) out[v] = silu(out[v]);
-#pragma unroll
-            for (int k = 0; k + 1 < H; k++) window[k][v] = window[k + 1][v];
-            if (H > 0) window[H - 1][v] = now[v];
         }
-        if (y.present()) store<V>(y.row(t) + channel, out);
+        if (y.present()) store<V>(y.row(t + i) + channel, out);
     }
+}
+
+// y of rows [first, last) of one segment.
+DEVICE void convolve(Mat<T> x, Mat<T> y, float (*window)[V], const float (*w)[V], const float* b, i64 first, i64 last, i64 channel) {
+    i64 t = first;
+    for (; t + ROWS <= last; t += ROWS) convolve_rows<ROWS>(x, y, window, w, b, t, channel);
+    for (; t < last; t++) convolve_rows<1>(x, y, window, w, b, t, channel);
 }
 
 // One thread: V channels, rows [blockIdx.y · RUN, + RUN).
@@ -120,22 +135,77 @@ KERNEL __launch_bounds__(128) last_inputs(Mat<T> x, Mat<float> initial, const in
     for (int k = 0; k < H; k++) store<V>(last.row(segment) + k * channels + channel, window[k]);
 }
 
-// d pre of row t, which has its inputs in `window` (oldest first) and `now`.
-DEVICE void gradient_before_activation(float* d, const float (*window)[V], const float* now, const float (*w)[V], const float* b, Mat<T> dy, i64 t, i64 channel) {
-    if (!dy.present()) {
-#pragma unroll
-        for (int v = 0; v < V; v++) d[v] = 0.0f;
-        return;
-    }
-    load<V>(d, dy.row(t) + channel);
+// d pre of a row: dy times the slope of the activation, given the row's W inputs, oldest first.
+DEVICE void before_activation(float* d, const float (*in)[V], const float (*w)[V], const float* b) {
     if (!SILU) return;
 #pragma unroll
     for (int v = 0; v < V; v++) {
         float pre = b[v];
 #pragma unroll
-        for (int k = 0; k < H; k++) pre += w[k][v] * window[k][v];
-        pre += w[H][v] * now[v];
+        for (int k = 0; k < W; k++) pre += w[k][v] * in[k][v];
         d[v] *= dsilu(pre);
+    }
+}
+
+// What a thread of the gradient carries from row to row: the inputs and the d pre of the last W − 1 rows, and its sums.
+struct Walk {
+    float in[H > 0 ? H : 1][V], d[H > 0 ? H : 1][V];
+    float dw[W][V], db[V];
+};
+
+// Rows u .. u + Rows of a segment that ends at `stop`, of which this thread's run has those from t to `mine` (all of them,
+// but for single rows): their d pre, their share of the sums, and dx of rows u − H .. u − H + Rows, which have met every d pre that reads them.
+template <int Rows>
+DEVICE void walk_rows(Walk& walk, Mat<T> x, Mat<T> dy, Mat<float> dlast, Mat<T> dx, const float (*w)[V], const float* b,
+                      i64 u, i64 t, i64 mine, i64 stop, int segment, i64 channel, i64 channels) {
+    float in[H + Rows][V], d[H + Rows][V];
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+#pragma unroll
+        for (int v = 0; v < V; v++) in[H + i][v] = d[H + i][v] = 0.0f;
+        if (Rows == 1 && u + i >= stop) continue;
+        load<V>(in[H + i], x.row(u + i) + channel);
+        if (dy.present()) load<V>(d[H + i], dy.row(u + i) + channel);
+    }
+#pragma unroll
+    for (int k = 0; k < H; k++)
+#pragma unroll
+        for (int v = 0; v < V; v++) in[k][v] = walk.in[k][v], d[k][v] = walk.d[k][v];
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+        before_activation(d[H + i], in + i, w, b);
+        if (Rows == 1 && u + i >= mine) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+#pragma unroll
+            for (int k = 0; k < W; k++) walk.dw[k][v] += d[H + i][v] * in[i + k][v];
+            walk.db[v] += d[H + i][v];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < H; k++)
+#pragma unroll
+        for (int v = 0; v < V; v++) walk.in[k][v] = in[Rows + k][v], walk.d[k][v] = d[Rows + k][v];
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+        i64 row = u - H + i;
+        if (row < t || row >= mine || !dx.present()) continue;
+        float sum[V];
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            sum[v] = 0.0f;
+#pragma unroll
+            for (int k = 0; k < W; k++) sum[v] += w[H - k][v] * d[i + k][v];
+        }
+        // What the row leaves in the final state.
+        i64 place = row - (stop - H);
+        if (dlast.present() && place >= 0) {
+            float more[V];
+            load<V>(more, dlast.row(segment) + place * channels + channel);
+#pragma unroll
+            for (int v = 0; v < V; v++) sum[v] += more[v];
+        }
+        store<V>(dx.row(row) + channel, sum);
     }
 }
 
@@ -148,9 +218,15 @@ KERNEL __launch_bounds__(128) convolve_grad(Mat<T> x, Mat<float> weight, Mat<flo
     if (channel >= channels) return;
     float w[W][V], b[V], zero[V] = {};
     load_taps(w, b, weight, bias, channel);
-    float dw[W][V] = {}, db[V] = {};
-    i64 first = static_cast<i64>(blockIdx.y) * RUN;
-    i64 t = first, end = t + RUN < tokens ? t + RUN : tokens;
+    Walk walk;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        walk.db[v] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < W; k++) walk.dw[k][v] = 0.0f;
+    }
+    i64 t = static_cast<i64>(blockIdx.y) * RUN;
+    i64 end = t + RUN < tokens ? t + RUN : tokens;
     int segment = 0, high = segments;
     while (high - segment > 1) {
         int middle = (segment + high) / 2;
@@ -162,57 +238,17 @@ KERNEL __launch_bounds__(128) convolve_grad(Mat<T> x, Mat<float> weight, Mat<flo
         i64 start = offsets[segment], stop = offsets[segment + 1];
         if (stop <= t) continue;
         i64 mine = stop < end ? stop : end;
-        // window: inputs of the W − 1 rows before row u; d[k]: d pre of row u − H + k.
-        float window[H > 0 ? H : 1][V], d[W][V] = {};
 #pragma unroll
-        for (int k = 0; k < H; k++) earlier(window[k], x, initial, t - H + k, start, segment, channel, channels);
-        for (i64 u = t; u < mine + H; u++) {
+        for (int k = 0; k < H; k++) {
+            earlier(walk.in[k], x, initial, t - H + k, start, segment, channel, channels);
 #pragma unroll
-            for (int k = 0; k < H; k++)
-#pragma unroll
-                for (int v = 0; v < V; v++) d[k][v] = d[k + 1][v];
-            float now[V];
-            if (u < stop) {
-                load<V>(now, x.row(u) + channel);
-                gradient_before_activation(d[H], window, now, w, b, dy, u, channel);
-            } else {
-#pragma unroll
-                for (int v = 0; v < V; v++) now[v] = d[H][v] = 0.0f;
-            }
-            if (u < mine) {
-#pragma unroll
-                for (int v = 0; v < V; v++) {
-#pragma unroll
-                    for (int k = 0; k < H; k++) dw[k][v] += d[H][v] * window[k][v];
-                    dw[H][v] += d[H][v] * now[v];
-                    db[v] += d[H][v];
-                }
-            }
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-#pragma unroll
-                for (int k = 0; k + 1 < H; k++) window[k][v] = window[k + 1][v];
-                if (H > 0) window[H - 1][v] = now[v];
-            }
-            // Row u − H has met every d pre that reads it.
-            if (u - H >= t && dx.present()) {
-                float sum[V];
-#pragma unroll
-                for (int v = 0; v < V; v++) {
-                    sum[v] = 0.0f;
-#pragma unroll
-                    for (int k = 0; k < W; k++) sum[v] += w[H - k][v] * d[k][v];
-                }
-                i64 from_end = u - H - (stop - H);
-                if (dlast.present() && from_end >= 0) {
-                    float more[V];
-                    load<V>(more, dlast.row(segment) + from_end * channels + channel);
-#pragma unroll
-                    for (int v = 0; v < V; v++) sum[v] += more[v];
-                }
-                store<V>(dx.row(u - H) + channel, sum);
-            }
+            for (int v = 0; v < V; v++) walk.d[k][v] = 0.0f;
         }
+        i64 u = t;
+        for (; u + ROWS <= mine; u += ROWS)
+            walk_rows<ROWS>(walk, x, dy, dlast, dx, w, b, u, t, mine, stop, segment, channel, channels);
+        for (; u < mine + H; u++)
+            walk_rows<1>(walk, x, dy, dlast, dx, w, b, u, t, mine, stop, segment, channel, channels);
         t = mine;
     }
     for (; t < end; t++)
@@ -220,8 +256,8 @@ KERNEL __launch_bounds__(128) convolve_grad(Mat<T> x, Mat<float> weight, Mat<flo
     if (parts != nullptr) {
         float* part = parts + static_cast<i64>(blockIdx.y) * (W + 1) * channels + channel;
 #pragma unroll
-        for (int k = 0; k < W; k++) store<V>(part + k * channels, dw[k]);
-        store<V>(part + W * channels, db);
+        for (int k = 0; k < W; k++) store<V>(part + k * channels, walk.dw[k]);
+        store<V>(part + W * channels, walk.db);
     }
 }
 
@@ -235,23 +271,23 @@ KERNEL __launch_bounds__(128) initial_grad(Mat<T> x, Mat<float> weight, Mat<floa
     if (channel >= channels) return;
     int segment = blockIdx.y;
     i64 start = offsets[segment], stop = offsets[segment + 1];
-    float w[W][V], b[V], window[H > 0 ? H : 1][V], sum[H > 0 ? H : 1][V] = {};
+    float w[W][V], b[V], in[W][V], sum[H > 0 ? H : 1][V] = {};
     load_taps(w, b, weight, bias, channel);
 #pragma unroll
-    for (int k = 0; k < H; k++) earlier(window[k], x, initial, start - H + k, start, segment, channel, channels);
+    for (int k = 0; k < H; k++) earlier(in[k], x, initial, start - H + k, start, segment, channel, channels);
 #pragma unroll
     for (int step = 0; step < H; step++) {
         if (start + step >= stop) break;
-        float now[V], d[V];
-        load<V>(now, x.row(start + step) + channel);
-        gradient_before_activation(d, window, now, w, b, dy, start + step, channel);
+        float d[V] = {};
+        load<V>(in[H], x.row(start + step) + channel);
+        if (dy.present()) load<V>(d, dy.row(start + step) + channel);
+        before_activation(d, in, w, b);
 #pragma unroll
         for (int v = 0; v < V; v++) {
 #pragma unroll
             for (int j = step; j < H; j++) sum[j][v] += w[j - step][v] * d[v];
 #pragma unroll
-            for (int k = 0; k + 1 < H; k++) window[k][v] = window[k + 1][v];
-            if (H > 0) window[H - 1][v] = now[v];
+            for (int k = 0; k < H; k++) in[k][v] = in[k + 1][v];
         }
     }
 #pragma unroll

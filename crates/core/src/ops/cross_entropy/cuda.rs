@@ -65,7 +65,7 @@ pub(super) fn run(io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error>
         }
         if let Some(dw) = dw {
             let product = Product::new(dw, (logits, true), (part, false));
-            launcher.product(&Product { accumulate: first > 0, ..product })?;
+            launcher.product(&Product { start: (first > 0).then_some(dw), ..product })?;
         }
     }
     match loss {

@@ -40,7 +40,7 @@ pub(super) fn forward(options: &Options, io: &Io<'_>, launcher: &mut Launcher<'_
 /// Blocks of the gradient for each group: together enough to fill the chip, few parts to add.
 fn gradient_blocks(options: &Options, rows: usize, cols: usize, gpu: &Properties) -> usize {
     let groups = cols / options.group_size;
-    let most = (gpu.blocks(4) as usize).div_ceil(groups);
+    let most = (gpu.blocks(8) as usize).div_ceil(groups);
     rows.div_ceil(Spread::of(options.group_size).rows_of_block()).min(most).max(1)
 }
 

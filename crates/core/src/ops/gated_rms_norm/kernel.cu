@@ -14,25 +14,29 @@ DEVICE float group_sum(float v, float* scratch) {
 #endif
 }
 
-// x and z of a thread's elements, and 1/√(mean v² + ε).
-DEVICE float load_group(float (*x)[V], float (*z)[V], const T* from_x, const T* from_z, int lane, i64 width, float eps, float* scratch) {
+// x and z of a thread's elements with σ(z), and 1/√(mean v² + ε).
+DEVICE float load_group(float (*x)[V], float (*z)[V], float (*s)[V], const T* from_x, const T* from_z, int lane, i64 width, float eps, float* scratch) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < ITERS; i++) {
         i64 c = static_cast<i64>(i * G + lane) * V;
 #pragma unroll
-        for (int k = 0; k < V; k++) x[i][k] = z[i][k] = 0.0f;
+        for (int k = 0; k < V; k++) x[i][k] = z[i][k] = s[i][k] = 0.0f;
         if (c >= width) continue;
         load<V>(x[i], from_x + c);
         load<V>(z[i], from_z + c);
 #pragma unroll
         for (int k = 0; k < V; k++) {
-            float v = NORM_FIRST ? x[i][k] : x[i][k] * silu(z[i][k]);
+            s[i][k] = sigmoid(z[i][k]);
+            float v = NORM_FIRST ? x[i][k] : x[i][k] * z[i][k] * s[i][k];
             sum += v * v;
         }
     }
     return 1.0f / sqrtf(group_sum(sum, scratch) / static_cast<float>(width) + eps);
 }
+
+// silu'(z), given s = σ(z).
+DEVICE float slope(float z, float s) { return s * (1.0f + z * (1.0f - s)); }
 
 // Group blockIdx.y of each row.
 KERNEL __launch_bounds__(THREADS) gated_norm(Mat<T> x, Mat<T> z, Mat<float> weight, Mat<T> y, i64 rows, i64 width, float eps) {
@@ -41,8 +45,8 @@ KERNEL __launch_bounds__(THREADS) gated_norm(Mat<T> x, Mat<T> z, Mat<float> weig
     int lane = threadIdx.x % G;
     if (row >= rows) return;
     i64 first = blockIdx.y * width;
-    float v[ITERS][V], g[ITERS][V];
-    float r = load_group(v, g, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
+    float v[ITERS][V], g[ITERS][V], s[ITERS][V];
+    float r = load_group(v, g, s, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
 #pragma unroll
     for (int i = 0; i < ITERS; i++) {
         i64 c = static_cast<i64>(i * G + lane) * V;
@@ -52,7 +56,7 @@ KERNEL __launch_bounds__(THREADS) gated_norm(Mat<T> x, Mat<T> z, Mat<float> weig
         for (int k = 0; k < V; k++) w[k] = 1.0f;
         if (weight.present()) load<V>(w, weight.data + first + c);
 #pragma unroll
-        for (int k = 0; k < V; k++) w[k] *= r * v[i][k] * silu(g[i][k]);
+        for (int k = 0; k < V; k++) w[k] *= r * v[i][k] * g[i][k] * s[i][k];
         store<V>(y.row(row) + first + c, w);
     }
 }
@@ -66,8 +70,8 @@ KERNEL __launch_bounds__(THREADS) gated_norm_grad(Mat<T> x, Mat<T> z, Mat<float>
     float dw[ITERS][V] = {};
     for (i64 row = static_cast<i64>(blockIdx.x) * (THREADS / G) + threadIdx.x / G; row < rows;
          row += static_cast<i64>(gridDim.x) * (THREADS / G)) {
-        float v[ITERS][V], g[ITERS][V], d[ITERS][V];
-        float r = load_group(v, g, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
+        float v[ITERS][V], g[ITERS][V], s[ITERS][V], d[ITERS][V];
+        float r = load_group(v, g, s, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
         float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < ITERS; i++) {
@@ -83,12 +87,12 @@ KERNEL __launch_bounds__(THREADS) gated_norm_grad(Mat<T> x, Mat<T> z, Mat<float>
 #pragma unroll
             for (int k = 0; k < V; k++) {
                 // n, and dn in place of dy; the gate's own part with the norm first needs dy as it was.
-                float gate = silu(g[i][k]);
+                float gate = g[i][k] * s[i][k];
                 float n = r * v[i][k] * (NORM_FIRST ? 1.0f : gate);
                 float dn = d[i][k] * w[k];
                 dw[i][k] += d[i][k] * n * (NORM_FIRST ? gate : 1.0f);
                 if (NORM_FIRST) {
-                    g[i][k] = dn * n * dsilu(g[i][k]);
+                    g[i][k] = dn * n * slope(g[i][k], s[i][k]);
                     dn *= gate;
                 }
                 d[i][k] = dn;
@@ -105,10 +109,10 @@ KERNEL __launch_bounds__(THREADS) gated_norm_grad(Mat<T> x, Mat<T> z, Mat<float>
                 if (NORM_FIRST) {
                     d[i][k] = r * (d[i][k] - r * v[i][k] * dot);
                 } else {
-                    float gate = silu(g[i][k]);
+                    float gate = g[i][k] * s[i][k];
                     float dv = r * (d[i][k] - r * v[i][k] * gate * dot);
                     d[i][k] = dv * gate;
-                    g[i][k] = dv * v[i][k] * dsilu(g[i][k]);
+                    g[i][k] = dv * v[i][k] * slope(g[i][k], s[i][k]);
                 }
             }
             if (dx.present()) store<V>(dx.row(row) + first + c, d[i]);

@@ -101,7 +101,8 @@ impl Op for ScatterAdd {
     }
 
     fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
-        cuda::scatter_workspace(g.rows(node.input(0)), g.rows(node.output(0)))
+        let values = node.input(0);
+        cuda::scatter_workspace(g.rows(values), g.rows(node.output(0)), g.cols(values))
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {

@@ -6,6 +6,8 @@ use crate::ops::testing::{Case, Value, check_op};
 const BOUND: f64 = 0.0;
 /// Bound of the gradient, a sum of a few rows, against finite differences in f64.
 const GRADIENT_BOUND: f64 = 1e-6;
+/// Bound of sums of thousands of rows.
+const LONG_SUM_BOUND: f64 = 1e-5;
 
 fn ints(v: &Value) -> Vec<i32> {
     v.data.iter().map(|&i| i as i32).collect()
@@ -24,6 +26,28 @@ fn rows_that_repeat_add_up_in_the_gradient() {
             (BOUND, GRADIENT_BOUND),
         );
     }
+}
+
+#[test]
+fn rows_that_repeat_often_add_up_in_order() {
+    // Lists that a GPU's block sorts by comparing pairs, and longer ones that it collects; sums over many pieces.
+    let rows: Vec<i32> = (0..5000).map(|i| if i % 3 == 0 { 7 } else { i * i % 11 }).collect();
+    let dy = Value::random(rows.len(), 6, 3);
+    let mut expected = Value::new(12, 6, vec![0.0; 72]);
+    for (i, &r) in rows.iter().enumerate() {
+        (0..6).for_each(|c| expected.data[r as usize * 6 + c] += dy.at(i, c));
+    }
+    let mut case = Case::new();
+    let x = case.input("x", &Value::random(12, 6, 1));
+    let rows = case.input("rows", &Value::ints(&rows));
+    let seed = case.input("seed", &dy);
+    let y = gather_rows(&mut case.graph, x, rows).unwrap();
+    let dx = case.graph.backward(&[(y, seed)], &[x], Recompute::Nothing).unwrap()[0].unwrap();
+    case.output("dx", dx);
+    case.run_everywhere(|place, out| {
+        let error = expected.error(&out["dx"]);
+        assert!(error <= LONG_SUM_BOUND, "{place}: {error:.2e}");
+    });
 }
 
 #[test]

@@ -22,6 +22,7 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 pub(crate) mod lanes;
 mod product;
 pub mod reference;
@@ -31,6 +32,7 @@ mod tests;
 mod workspace;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -48,7 +50,7 @@ const NAME: &str = "ssd";
 /// The operands and options of [`ssd`]. T tokens, H heads of width P, G groups of B and C, state size N, S segments.
 #[derive(Clone, Copy, Debug)]
 pub struct Ssd {
-    /// `[T, H·P]`.
+    /// `[T, H·P]`; in bf16 (on a GPU) or f32, and so are dt, b, c and z.
     pub x: TensorId,
     /// Step sizes before bias and softplus, `[T, H]`.
     pub dt: TensorId,
@@ -84,7 +86,7 @@ pub struct Ssd {
 /// What [`ssd`] returns.
 #[derive(Clone, Copy, Debug)]
 pub struct SsdOutput {
-    /// `[T, H·P]`.
+    /// `[T, H·P]`, of the type of x.
     pub y: TensorId,
     /// The state after each segment, `[S, H·P·N]`; that of an empty segment is its initial one.
     pub final_state: TensorId,
@@ -117,17 +119,18 @@ pub fn ssd(g: &mut Graph, s: Ssd) -> Result<SsdOutput, Error> {
     }
     let channels = heads * s.headdim;
     let segments = g.expect_segments(NAME, s.segments)?;
-    g.expect_f32(NAME, "x", s.x, None, Some(channels))?;
-    g.expect_f32(NAME, "dt", s.dt, Some(tokens), Some(heads))?;
+    let dtype = g.expect_float(NAME, "x", s.x)?;
+    g.expect_shape(NAME, "x", s.x, None, Some(channels))?;
+    g.expect(NAME, "dt", s.dt, dtype, Some(tokens), Some(heads))?;
     g.expect_f32(NAME, "a", s.a, Some(1), None)?;
-    g.expect_f32(NAME, "b", s.b, Some(tokens), None)?;
-    g.expect_f32(NAME, "c", s.c, Some(tokens), Some(bc))?;
+    g.expect(NAME, "b", s.b, dtype, Some(tokens), None)?;
+    g.expect(NAME, "c", s.c, dtype, Some(tokens), Some(bc))?;
     let d_per_channel = s.d.is_some_and(|d| g.cols(d) != heads);
     if let Some(d) = s.d {
         g.expect_f32(NAME, "d", d, Some(1), Some(if d_per_channel { channels } else { heads }))?;
     }
     if let Some(z) = s.z {
-        g.expect_f32(NAME, "z", z, Some(tokens), Some(channels))?;
+        g.expect(NAME, "z", z, dtype, Some(tokens), Some(channels))?;
     }
     if let Some(bias) = s.dt_bias {
         g.expect_f32(NAME, "dt_bias", bias, Some(1), Some(heads))?;
@@ -136,7 +139,7 @@ pub fn ssd(g: &mut Graph, s: Ssd) -> Result<SsdOutput, Error> {
     if let Some(initial) = s.initial_state {
         g.expect_f32(NAME, "initial_state", initial, Some(segments), Some(state))?;
     }
-    let y = g.new_tensor(DType::F32, tokens, channels);
+    let y = g.new_tensor(dtype, tokens, channels);
     let final_state = g.new_tensor(DType::F32, segments, state);
     let dims = Dims {
         heads,
@@ -254,7 +257,7 @@ impl Op for Forward {
         let mut gradients = vec![None; inputs::COUNT];
         for (i, gradient) in gradients.iter_mut().enumerate() {
             if let (Some(input), true) = (node.inputs[i], wanted[i] && i != inputs::SEGMENTS) {
-                *gradient = Some(g.new_tensor(DType::F32, g.rows(input), g.cols(input)));
+                *gradient = Some(g.new_tensor(g.dtype(input), g.rows(input), g.cols(input)));
             }
         }
         let mut operands = node.inputs.clone();
@@ -273,6 +276,15 @@ impl Op for Forward {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::forward(&self.0, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        let (x, segments) = (node.input(inputs::X), g.cols(node.input(inputs::SEGMENTS)) - 1);
+        cuda::workspace(&self.0, g.rows(x), segments, g.dtype(x), gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(&self.0, io, launcher)
     }
 }
 
@@ -295,5 +307,15 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::gradient(&self.0, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        let (x, segments) = (node.input(inputs::X), g.cols(node.input(inputs::SEGMENTS)) - 1);
+        let gate = node.inputs[inputs::Z].is_some();
+        cuda::gradient_workspace(&self.0, g.rows(x), segments, g.dtype(x), gate, gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(&self.0, io, launcher)
     }
 }

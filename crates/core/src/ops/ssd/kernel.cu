@@ -1,0 +1,296 @@
+// SSD: step sizes, states, outputs.
+//
+// A segment is cut into chunks of Q rows, and chunks are gathered in spans. A block takes one head (PT of its channels) and
+// one span and walks over the chunks with the state [PT, NP] in registers, as the accumulators of its products:
+//
+//   y_t = before_t C_t · S + Σ_{j ≤ t} decay(t, j) Δ_j (C_t · B_j) x_j      S' = whole S + Σ_j after_j Δ_j x_j ⊗ B_j
+//
+// where before, after and whole are decays from the chunk's start, to its end, and over all of it. Where segments × heads
+// do not fill the chip, spans are short: `states` first finds what each span adds to a state of zero, and `scan_spans` turns that
+// into the states that spans start from. The gradient of the state runs the same way backwards in time: with dy for x, C for
+// B and the decay `before` for Δ · after, `states` is its kernel, too.
+//
+// Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 896 products of 16 x 8 x 16, 1450 cycles of a multiprocessor.
+//
+// See kernel_tiles.cu for macros.
+
+// Δ, the cumulative logarithms of decays and, for the gradient, dΔ/d(dt): a warp a head, in the chunk of slot blockIdx.x.
+KERNEL __launch_bounds__(THREADS) steps(Mat<T> dt, const float* a, const float* dt_bias, const int* offsets, float* delta,
+                                        float* cum, float* rest, float* slope, int use_softplus, float low, float high, Sizes s) {
+    constexpr int EACH = Q < WARP ? 1 : Q / WARP;
+    i64 slot = blockIdx.x, head = blockIdx.y * WARPS + threadIdx.x / WARP;
+    Piece chunk = piece_of(offsets, s.segments, slot, Q);
+    if (head >= s.heads || !chunk.exists()) return;
+    int first = threadIdx.x % WARP * EACH;
+    float d[EACH], ds[EACH];
+    double sums[EACH], sum = 0.0;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        d[e] = ds[e] = 0.0f;
+        i64 row = chunk.first + first + e;
+        if (row < chunk.end && first < Q) {
+            float raw = to_f32(dt.row(row)[head]) + (dt_bias != nullptr ? dt_bias[head] : 0.0f);
+            float positive = use_softplus ? softplus(raw) : raw;
+            d[e] = fminf(fmaxf(positive, low), high);
+            ds[e] = positive < low || positive > high ? 0.0f : use_softplus ? sigmoid(raw) : 1.0f;
+        }
+        sum += static_cast<double>(d[e]) * static_cast<double>(a[head]) * 1.4426950408889634;
+        sums[e] = sum;
+    }
+    double all = sum;
+#pragma unroll
+    for (int lanes = 1; lanes < WARP; lanes *= 2) {
+        double other = __shfl_up_sync(0xffffffffu, all, lanes);
+        if (threadIdx.x % WARP >= lanes) all += other;
+    }
+    if (first >= Q) return;
+    i64 at = (slot * s.heads + head) * Q + first;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        double exact = all - sum + sums[e];
+        float rounded = static_cast<float>(exact);
+        delta[at + e] = d[e];
+        cum[at + e] = rounded;
+        if (SPLIT > 1) rest[at + e] = static_cast<float>(exact - static_cast<double>(rounded));
+        if (slope != nullptr) slope[at + e] = ds[e];
+    }
+}
+
+typedef Spread<PT, NP> StateSpread;
+typedef float StateTiles[StateSpread::MT][StateSpread::NT][4];
+
+// The state of a head's channels from `channel` on, in f32: rows of N numbers; there are `channels` of them.
+DEVICE void load_state(StateTiles& acc, const StateSpread& spread, const float* from, i64 channels, const Sizes& s) {
+#pragma unroll
+    for (int mt = 0; mt < StateSpread::MT; mt++)
+#pragma unroll
+        for (int nt = 0; nt < StateSpread::NT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                int p = spread.row_of(mt, e), n = spread.col_of(nt, e);
+                f32x2 v{0.0f, 0.0f};
+                if (from != nullptr && spread.active && p < channels)
+                    v = load_pair(from + p * s.d_state + n, n < s.d_state, n + 1 < s.d_state);
+                acc[mt][nt][e] = v.x, acc[mt][nt][e + 1] = v.y;
+            }
+}
+template <class E>
+DEVICE void store_state(const StateTiles& acc, const StateSpread& spread, E* to, i64 channels, const Sizes& s) {
+    if (!spread.active) return;
+#pragma unroll
+    for (int mt = 0; mt < StateSpread::MT; mt++)
+#pragma unroll
+        for (int nt = 0; nt < StateSpread::NT; nt++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                int p = spread.row_of(mt, e), n = spread.col_of(nt, e);
+                if (p < channels)
+                    store_pair(to + p * s.d_state + n, n < s.d_state, n + 1 < s.d_state, acc[mt][nt][e], acc[mt][nt][e + 1]);
+            }
+}
+
+// What a block of `states` and `walk` works on: a span of a segment, some channels of a head.
+struct Work {
+    i64 slot, head, channel, channels;
+    // Column of the first channel in x, and of the group in B and C.
+    i64 col, group_col;
+    Piece span;
+    // Slot of the first chunk, and the number of chunks.
+    i64 chunk_slot;
+    int chunks;
+    DEVICE Work(const int* offsets, const Sizes& s) {
+        i64 tiles = (s.headdim + PT - 1) / PT;
+        slot = blockIdx.x, head = blockIdx.y / tiles, channel = blockIdx.y % tiles * PT;
+        channels = s.headdim - channel < PT ? s.headdim - channel : PT;
+        col = head * s.headdim + channel, group_col = head / s.heads_per_group * s.d_state;
+        span = piece_of(offsets, s.segments, slot, s.span);
+        chunk_slot = first_slot(span.segment_start, span.segment, Q) + (span.first - span.segment_start) / Q;
+        chunks = static_cast<int>((span.end - span.first + Q - 1) / Q);
+    }
+    // Spans are there if they have rows; where segments are not cut, an empty one is there, too, for its state.
+    DEVICE bool exists(const Sizes& s) const {
+        return span.segment >= 0 && span.first >= span.segment_start && (s.span > s.tokens || span.first < span.end);
+    }
+};
+
+// Walks over the chunks of a span with the state alone, forward or backward in time. The state that a chunk starts from (in
+// the direction of the walk) goes to `chunk_states` [chunks, heads, P, N], the one after the last chunk to `outgoing`, the
+// decay over the span to `decays` [spans, heads]; each if it is there. `incoming` and `outgoing` are by span.
+KERNEL __launch_bounds__(THREADS) states(Mat<T> x, Mat<T> b, const int* offsets, const float* delta, const float* cum,
+                                         const float* rest, Mat<float> incoming, Mat<float> outgoing, float* decays,
+                                         T* chunk_states, int backward, Sizes s) {
+    DYNAMIC_SHARED(memory);
+    Tile<Q, PT> weighted{reinterpret_cast<bf16*>(memory)};
+    Tile<Q, NP> keys{reinterpret_cast<bf16*>(memory + Tile<Q, PT>::BYTES)};
+    __shared__ ChunkSteps chunk_steps[2];
+    __shared__ float weights[2][Q];
+    Work work(offsets, s);
+    if (!work.exists(s)) return;
+    Steps steps{delta, cum, rest};
+    StateSpread spread;
+    StateTiles state;
+    i64 offset = work.col * s.d_state;
+    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, s);
+    float decay = 1.0f;
+    for (int i = 0; i < work.chunks; i++) {
+        int c = backward ? work.chunks - 1 - i : i;
+        i64 first = work.span.first + static_cast<i64>(c) * Q, rows = work.span.end - first;
+        ChunkSteps& now = chunk_steps[i % 2];
+        load_steps(now, steps, work.chunk_slot + c, s.heads, work.head);
+        if (threadIdx.x < Q)
+            weights[i % 2][threadIdx.x] = backward ? now.before[threadIdx.x] : now.delta[threadIdx.x] * now.after[threadIdx.x];
+        if (chunk_states != nullptr) {
+            i64 at = ((work.chunk_slot + c) * s.heads * s.headdim + work.col) * s.d_state;
+            store_state(state, spread, chunk_states + at, work.channels, s);
+            if (i + 1 == work.chunks && !outgoing.present()) break;
+        }
+        __syncthreads();
+        load_scaled(weighted, x.data + first * x.stride + work.col, x.stride, x.present() ? rows : 0, work.channels, weights[i % 2]);
+        load_tile(keys, b.data + first * b.stride + work.group_col, b.stride, rows, s.d_state);
+        __syncthreads();
+        decay *= now.whole();
+        if (spread.active) {
+            scale(state, now.whole());
+            product<true, true, Q>(state, weighted, spread.row, keys, spread.col);
+        }
+    }
+    if (outgoing.present()) store_state(state, spread, outgoing.row(work.slot) + offset, work.channels, s);
+    if (decays != nullptr && threadIdx.x == 0) decays[work.slot * s.heads + work.head] = decay;
+}
+
+// Turns what spans add to a state of zero into the states that they start from, in place, and finds the state after the
+// last one. A thread takes some neighbouring numbers of the state of segment blockIdx.x.
+KERNEL __launch_bounds__(THREADS) scan_spans(const int* offsets, const float* decays, Mat<float> span_states, Mat<float> initial,
+                                             Mat<float> last, int backward, Sizes s) {
+    constexpr int W = V < 4 ? V : 4;
+    i64 element = (static_cast<i64>(blockIdx.y) * THREADS + threadIdx.x) * W, state = s.headdim * s.d_state;
+    if (element >= s.heads * state) return;
+    int segment = blockIdx.x;
+    i64 head = element / state, slot = first_slot(offsets[segment], segment, s.span);
+    i64 spans = (offsets[segment + 1] - offsets[segment] + s.span - 1) / s.span;
+    float now[W] = {};
+    if (initial.present()) load<W>(now, initial.row(segment) + element);
+    for (i64 i = 0; i < spans; i++) {
+        i64 k = slot + (backward ? spans - 1 - i : i);
+        float added[W], decay = decays[k * s.heads + head];
+        load<W>(added, span_states.row(k) + element);
+        store<W>(span_states.row(k) + element, now);
+#pragma unroll
+        for (int w = 0; w < W; w++) now[w] = decay * now[w] + added[w];
+    }
+    if (last.present()) store<W>(last.row(segment) + element, now);
+}
+
+// Outputs of a span and, if wanted, the state after it. With dy, what the gradient of the gate needs instead: dz, and
+// the gradient of the sum before the gate.
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1)
+    walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z, const int* offsets, const float* delta, const float* cum,
+         const float* rest, Mat<float> incoming, Mat<float> outgoing, Mat<T> y, Mat<T> dy, Mat<T> dz, Mat<T> d_sum, Sizes s) {
+    DYNAMIC_SHARED(memory);
+    unsigned char* next = memory;
+    Tile<Q, PT> values{reinterpret_cast<bf16*>(next)}, weighted{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)};
+    Tile<Q, NP> keys{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)}, queries{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
+    Tile<Q, Q> scores{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
+    Tile<PT, NP> rounded{reinterpret_cast<bf16*>(next += Tile<Q, Q>::BYTES)};
+    __shared__ ChunkSteps chunk_steps[2];
+    __shared__ float weights[2][Q];
+    Work work(offsets, s);
+    if (blockIdx.x == 0) {
+        clear_outside(y, work.col, work.channels, offsets, s);
+        clear_outside(dz, work.col, work.channels, offsets, s);
+        clear_outside(d_sum, work.col, work.channels, offsets, s);
+    }
+    if (!work.exists(s)) return;
+    Steps steps{delta, cum, rest};
+    StateSpread spread;
+    StateTiles state;
+    i64 offset = work.col * s.d_state;
+    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, s);
+    Spread<Q, Q> pairs;
+    Spread<Q, PT> out;
+    for (int i = 0; i < work.chunks; i++) {
+        i64 first = work.span.first + static_cast<i64>(i) * Q, rows = work.span.end - first;
+        ChunkSteps& now = chunk_steps[i % 2];
+        load_steps(now, steps, work.chunk_slot + i, s.heads, work.head);
+        if (threadIdx.x < Q) weights[i % 2][threadIdx.x] = now.delta[threadIdx.x] * now.after[threadIdx.x];
+        __syncthreads();
+        const T* from = x.data + first * x.stride + work.col;
+        load_tile(values, from, x.stride, rows, work.channels);
+        load_scaled(weighted, from, x.stride, rows, work.channels, weights[i % 2]);
+        load_tile(keys, b.data + first * b.stride + work.group_col, b.stride, rows, s.d_state);
+        load_tile(queries, c.data + first * c.stride + work.group_col, c.stride, rows, s.d_state);
+        if (spread.active) {
+#pragma unroll
+            for (int mt = 0; mt < StateSpread::MT; mt++)
+#pragma unroll
+                for (int nt = 0; nt < StateSpread::NT; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e += 2)
+                        rounded.set_pair(spread.row_of(mt, e), spread.col_of(nt, e), state[mt][nt][e], state[mt][nt][e + 1]);
+        }
+        __syncthreads();
+        if (pairs.active) {
+            float acc[pairs.MT][pairs.NT][4] = {};
+            product<false, false, NP>(acc, queries, pairs.row, keys, pairs.col);
+#pragma unroll
+            for (int mt = 0; mt < pairs.MT; mt++)
+#pragma unroll
+                for (int nt = 0; nt < pairs.NT; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e += 2) {
+                        int t = pairs.row_of(mt, e), j = pairs.col_of(nt, e);
+                        float v[2];
+#pragma unroll
+                        for (int k = 0; k < 2; k++)
+                            v[k] = t >= j + k ? acc[mt][nt][e + k] * now.decay(t, j + k) * now.delta[j + k] : 0.0f;
+                        scores.set_pair(t, j, v[0], v[1]);
+                    }
+        }
+        if (spread.active) {
+            scale(state, now.whole());
+            product<true, true, Q>(state, weighted, spread.row, keys, spread.col);
+        }
+        __syncthreads();
+        if (out.active) {
+            float acc[out.MT][out.NT][4] = {};
+            product<false, false, NP>(acc, queries, out.row, rounded, out.col);
+#pragma unroll
+            for (int mt = 0; mt < out.MT; mt++)
+#pragma unroll
+                for (int nt = 0; nt < out.NT; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) acc[mt][nt][e] *= now.before[out.row_of(mt, e)];
+            product<false, true, Q>(acc, scores, out.row, values, out.col);
+#pragma unroll
+            for (int mt = 0; mt < out.MT; mt++)
+#pragma unroll
+                for (int nt = 0; nt < out.NT; nt++)
+#pragma unroll
+                    for (int e = 0; e < 4; e += 2) {
+                        int t = out.row_of(mt, e), p = out.col_of(nt, e);
+                        if (t >= rows || p >= work.channels) continue;
+                        bool two = p + 1 < work.channels;
+                        i64 row = first + t, col = work.col + p;
+                        float v[2] = {acc[mt][nt][e], acc[mt][nt][e + 1]};
+                        if (d != nullptr) {
+                            f32x2 in = values.pair(t, p);
+                            v[0] += in.x * d[s.d_per_channel ? col : work.head];
+                            if (two) v[1] += in.y * d[s.d_per_channel ? col + 1 : work.head];
+                        }
+                        if (dy.present()) {
+                            f32x2 gate = load_pair(z.row(row) + col, true, two), up = load_pair(dy.row(row) + col, true, two);
+                            if (dz.present()) store_pair(dz.row(row) + col, true, two, up.x * v[0] * dsilu(gate.x), up.y * v[1] * dsilu(gate.y));
+                            store_pair(d_sum.row(row) + col, true, two, up.x * silu(gate.x), up.y * silu(gate.y));
+                        } else {
+                            if (z.present()) {
+                                f32x2 gate = load_pair(z.row(row) + col, true, two);
+                                v[0] *= silu(gate.x), v[1] *= silu(gate.y);
+                            }
+                            store_pair(y.row(row) + col, true, two, v[0], v[1]);
+                        }
+                    }
+        }
+        __syncthreads();
+    }
+    if (outgoing.present()) store_state(state, spread, outgoing.row(work.slot) + offset, work.channels, s);
+}
