@@ -275,7 +275,7 @@ pub(super) fn product(p: &Product) {
         (0..k * n).map(|i| if p.b_transposed { read(&p.b, i % n, i / n) } else { read(&p.b, i / n, i % n) }).collect();
     for i in 0..m {
         let mut sums: Vec<f64> = (0..n)
-            .map(|j| p.bias.map_or(0.0, |b| read(&b, 0, j)) + if p.accumulate { read(&p.out, i, j) } else { 0.0 })
+            .map(|j| p.bias.map_or(0.0, |b| read(&b, 0, j)) + p.start.map_or(0.0, |s| read(&s, i, j)))
             .collect();
         for (l, row) in b.chunks_exact(n.max(1)).enumerate() {
             let factor = a(i, l);

@@ -149,8 +149,7 @@ DEVICE u32 random_24(u32 key, u64 counter) {
 
 // progress row: number of the draw (64 bits), number of the step. The id goes to `ids` and to row step % ring of the
 // mailbox; -1 where logits are not finite. Chosen ids are marked in `seen`.
-KERNEL __launch_bounds__(THREADS)
-    sample(Mat<float> logits, Mat<int> options, Mat<u32> seen, Mat<int> progress, int* ids, Mat<int> mailbox, int ring,
+KERNEL __launch_bounds__(THREADS) sample(Mat<float> logits, Mat<int> options, Mat<u32> seen, Mat<int> progress, int* ids, Mat<int> mailbox, int ring,
            i64 width) {
     __shared__ u64 scratch[THREADS / WARP], bins[BINS];
     __shared__ int chosen;

@@ -13,8 +13,7 @@
 #define NS ((N + WARPS - 1) / WARPS)
 #define RS (((R + WARPS - 1) / WARPS + 3) / 4 * 4)
 
-KERNEL __launch_bounds__(WARPS * WARP)
-    scan_step(Mat<T> x, Mat<T> z, Mat<float> parts, Mat<T> dt_weight, Mat<float> dt_bias, Mat<float> a, Mat<float> skip,
+KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> parts, Mat<T> dt_weight, Mat<float> dt_bias, Mat<float> a, Mat<float> skip,
               Mat<float> state, const int* slots, Mat<T> y, i64 tokens, i64 channels, float eps) {
     __shared__ float in[TOKENS][R + 2 * N];
     __shared__ float dts[WARPS][TOKENS][WARP], ys[WARPS][TOKENS][WARP];

@@ -13,8 +13,7 @@
 #define ROWS (WARPS * EACH)
 #define ITERS ((N + WARP * V - 1) / (WARP * V))
 
-KERNEL __launch_bounds__(WARPS * WARP)
-    ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Mat<T> dt, Mat<T> z, Mat<float> a, Mat<float> skip, Mat<float> dt_bias,
+KERNEL __launch_bounds__(WARPS * WARP) ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Mat<T> dt, Mat<T> z, Mat<float> a, Mat<float> skip, Mat<float> dt_bias,
              Mat<float> weight, Mat<float> state, const int* slots, Mat<T> y, Mat<float> squares, int headdim,
              int heads_per_group, int skip_each, float dt_min, float dt_max) {
     __shared__ float scratch[WARPS];

@@ -40,8 +40,7 @@ DEVICE void load_tokens(u32x4 (*b)[NT], Mat<bf16> x, i64 token0, i64 tokens, i64
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
 // moves on. Residual: stream = out + residual is stored, and what goes to `out` is stream ⊙ next_weight; row block b
 // leaves its sum of the squares of token t's stream in squares_out[t, b].
-KERNEL __launch_bounds__(THREADS)
-    step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
+KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, i64 first, i64 channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
                 i64 tokens, i64 rows, i64 k) {
