@@ -11,6 +11,7 @@ use hognose_core::ops::gated_rms_norm::gated_rms_norm;
 use hognose_core::ops::layout::{concat, split};
 use hognose_core::ops::linear::linear_to;
 use hognose_core::ops::norm::rms_norm_to;
+use hognose_core::ops::sample::{self, Sample};
 use hognose_core::ops::scan_step::{self, ScanStep, scan_step};
 use hognose_core::ops::ssd_step::{self, Gate, SsdStep, ssd_step};
 use hognose_core::ops::step_linear::{
@@ -19,7 +20,7 @@ use hognose_core::ops::step_linear::{
 use hognose_core::ops::swiglu::swiglu;
 use hognose_core::{DType, Error, TensorId};
 
-use super::{IDS, Recorder, SLOTS};
+use super::{IDS, MAILBOX, MAILBOX_STEPS, OPTIONS, PROGRESS, Recorder, SEEN, SLOTS};
 use crate::config::{LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig, NormKind};
 use crate::state::LayerState;
 use crate::weights::Form;
@@ -53,11 +54,36 @@ struct Input {
 }
 
 impl Recorder<'_> {
+    /// One token of each of `tokens` sequences, and the choice of the next, which takes its place.
+    ///
+    /// # Errors
+    /// As [`Recorder::step_logits`].
+    pub fn step_choice(&mut self, penalty: bool) -> Result<(), Error> {
+        let (ids, logits) = self.step()?;
+        let rows = self.tokens;
+        let words = self.config.padded_vocab.div_ceil(32);
+        let mut external = |name, rows, cols| self.graph.external(name, DType::I32, rows, cols);
+        let choice = Sample {
+            logits,
+            options: external(OPTIONS, rows, sample::OPTIONS),
+            seen: penalty.then(|| external(SEEN, rows, words)),
+            progress: external(PROGRESS, rows, sample::PROGRESS),
+            ids,
+            mailbox: external(MAILBOX, MAILBOX_STEPS, rows),
+        };
+        sample::sample(&mut self.graph, choice)
+    }
+
     /// Logits `[tokens, padded vocabulary]` after one token of each of `tokens` sequences.
     ///
     /// # Errors
     /// Sizes that the ops refuse; [`has_step`] says beforehand whether they do.
     pub fn step_logits(&mut self) -> Result<TensorId, Error> {
+        Ok(self.step()?.1)
+    }
+
+    /// The external with the ids, and the logits.
+    fn step(&mut self) -> Result<(TensorId, TensorId), Error> {
         let ids = self.graph.external(IDS, DType::I32, 1, self.tokens);
         let slots = self.step_slots();
         let table = self.param("backbone.embedding.weight");
@@ -93,11 +119,12 @@ impl Recorder<'_> {
         let weight = self.output_matrix();
         if self.tokens <= MOST_LOGITS {
             let product = StepLinear::new(input.x, weight, None);
-            return step_linear(&mut self.graph, StepLinear { scale: input.scale, dtype: DType::F32, ..product });
+            let product = StepLinear { scale: input.scale, dtype: DType::F32, ..product };
+            return Ok((ids, step_linear(&mut self.graph, product)?));
         }
         let norm = self.param("backbone.norm_f.weight");
         let hidden = rms_norm_to(&mut self.graph, input.stream, None, Some(norm), config.norm_eps, DType::BF16)?.y;
-        linear_to(&mut self.graph, hidden, weight, None, DType::F32)
+        Ok((ids, linear_to(&mut self.graph, hidden, weight, None, DType::F32)?))
     }
 
     /// Which states the tokens continue, where there are more sequences than tokens.

@@ -53,9 +53,13 @@ KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> 
     float through = inside && skip.present() ? skip.data[d] : 0.0f;
     wait_for_previous();
 
-    float u[TOKENS];
+    float u[TOKENS], gate[TOKENS];
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) u[t] = inside && token0 + t < tokens ? to_f32(x.row(token0 + t)[d]) : 0.0f;
+    for (int t = 0; t < TOKENS; t++) {
+        bool there = inside && slot[t] >= 0;
+        u[t] = there ? to_f32(x.row(token0 + t)[d]) : 0.0f;
+        gate[t] = there && t % WARPS == warp ? to_f32(z.row(token0 + t)[d]) : 0.0f;
+    }
     for (int e = threadIdx.x; e < TOKENS * (R + 2 * N); e += WARPS * WARP) {
         i64 token = token0 + e / (R + 2 * N);
         in[e / (R + 2 * N)][e % (R + 2 * N)] = token < tokens ? parts.row(token)[e % (R + 2 * N)] : 0.0f;
@@ -105,6 +109,6 @@ KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> 
         float v = through * u[t];
 #pragma unroll
         for (int i = 0; i < WARPS; i++) v += ys[i][t][lane];
-        set(y.row(token0 + t)[d], v * silu(to_f32(z.row(token0 + t)[d])));
+        set(y.row(token0 + t)[d], v * silu(gate[t]));
     }
 }

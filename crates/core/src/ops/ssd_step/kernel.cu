@@ -32,8 +32,19 @@ KERNEL __launch_bounds__(WARPS * WARP) ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Ma
             if (p0 + r < headdim && n < N) load<V>(h[r][i], states + static_cast<i64>(p0 + r) * N + n);
         }
     float rate = a.data[head] * LOG2_E, bias = dt_bias.present() ? dt_bias.data[head] : 0.0f;
+    // Lane r has the numbers of row r.
+    bool mine = lane < EACH && p0 + lane < headdim;
+    i64 channel = head * headdim + p0 + lane;
+    float through = mine && skip.present() ? skip.data[skip_each ? channel : head] : 0.0f;
+#if GATE >= 2
+    float scale = mine ? weight.data[channel] : 0.0f;
+#endif
     wait_for_previous();
 
+    float u = mine ? to_f32(x.row(token)[channel]) : 0.0f;
+#if GATE
+    float gate = mine ? silu(to_f32(z.row(token)[channel])) : 0.0f;
+#endif
     float step = softplus(to_f32(dt.row(token)[head]) + bias);
     step = fminf(fmaxf(step, dt_min), dt_max);
     float decay = ex2(step * rate);
@@ -46,45 +57,41 @@ KERNEL __launch_bounds__(WARPS * WARP) ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Ma
         load<V>(bs[i], b.row(token) + group + n);
         load<V>(cs[i], c.row(token) + group + n);
     }
-    float mine = 0.0f;  // lane r's: the result of row r
+    float v = 0.0f;
 #pragma unroll
     for (int r = 0; r < EACH; r++) {
-        float sum = 0.0f;
+        float sum = 0.0f, input = step * __shfl_sync(0xffffffffu, u, r);
         if (p0 + r < headdim) {
-            i64 channel = head * headdim + p0 + r;
-            float u = to_f32(x.row(token)[channel]);
 #pragma unroll
             for (int i = 0; i < ITERS; i++) {
                 int n = (i * WARP + lane) * V;
                 if (n >= N) continue;
 #pragma unroll
                 for (int k = 0; k < V; k++) {
-                    h[r][i][k] = decay * h[r][i][k] + step * u * bs[i][k];
+                    h[r][i][k] = decay * h[r][i][k] + input * bs[i][k];
                     sum += h[r][i][k] * cs[i][k];
                 }
                 store<V>(states + static_cast<i64>(p0 + r) * N + n, h[r][i]);
             }
-            sum = warp_sum(sum);
-            if (skip.present()) sum += skip.data[skip_each ? channel : head] * u;
         }
-        if (lane == r) mine = sum;
+        sum = warp_sum(sum);
+        if (lane == r) v = sum + through * u;
     }
     float square = 0.0f;
-    if (lane < EACH && p0 + lane < headdim) {
-        i64 channel = head * headdim + p0 + lane;
+    if (mine) {
 #if GATE == 3
-        square = mine * mine;
+        square = v * v;
 #endif
 #if GATE
-        mine *= silu(to_f32(z.row(token)[channel]));
+        v *= gate;
 #endif
 #if GATE == 2
-        square = mine * mine;
+        square = v * v;
 #endif
 #if GATE >= 2
-        mine *= weight.data[channel];
+        v *= scale;
 #endif
-        set(y.row(token)[channel], mine);
+        set(y.row(token)[channel], v);
     }
 #if GATE >= 2
     square = warp_sum(square);

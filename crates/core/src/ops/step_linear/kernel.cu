@@ -18,8 +18,9 @@
 #define TOKENS (8 * NT)
 // Steps whose tokens are loaded together.
 #define AHEAD (8 / NT)
-// Results a thread.
+// Results a thread, and whether what they meet fits into registers meanwhile.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
+#define EARLY (EACH <= 2)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
 
@@ -70,23 +71,45 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
         if (warp + s * WARPS < steps) fetch(warp + s * WARPS, s);
         copy_async_commit();
     }
-#if EPILOGUE == 1
-    // Nothing in this step writes the window before this.
-    float window[EACH][W];
-#pragma unroll
-    for (int e = 0; e < EACH; e++) {
+    // What the results meet, as far as nothing in this step writes it. With many results a thread it is read late.
+    float shift[EACH], window[EACH][W], taps[EACH][W];
+    auto load_constants = [&](int e) {
         int at = threadIdx.x + e * THREADS;
-        i64 c = row0 + at % ROWS - first, token = token0 + at / ROWS;
-        if (at >= ROWS * TOKENS || token >= tokens || c < 0 || c >= channels) continue;
+        i64 row = row0 + at % ROWS, token = token0 + at / ROWS;
+        if (at >= ROWS * TOKENS || row >= rows || token >= tokens) return;
+        shift[e] = bias.present() ? bias.data[row] : 0.0f;
+#if EPILOGUE == 1
+        i64 c = row - first;
+        if (c < 0 || c >= channels) return;
         i64 slot = slots != nullptr ? slots[token] : token;
 #pragma unroll
         for (int i = 0; i < W - 1; i++) window[e][i] = state.row(slot)[i * channels + c];
-    }
+#pragma unroll
+        for (int i = 0; i < W; i++) taps[e][i] = conv_weight.row(c)[i];
 #endif
+#if EPILOGUE == 2
+        taps[e][0] = next_weight.data[row];
+#endif
+    };
+    if constexpr (EARLY) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) load_constants(e);
+    }
     wait_for_previous();
 
     u32x4 b[AHEAD][NT];
     load_tokens(b, x, token0, tokens, k, warp, steps, lane);
+#if EPILOGUE == 2
+    float before[EACH];
+    if constexpr (EARLY) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int at = threadIdx.x + e * THREADS;
+            i64 row = row0 + at % ROWS, token = token0 + at / ROWS;
+            if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
+        }
+    }
+#endif
 #if SCALE
     // Token `warp`, `warp` + WARPS, ...
     for (int j = warp; j < TOKENS; j += WARPS) {
@@ -147,7 +170,8 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
 #if SCALE
         v *= scale[at / ROWS];
 #endif
-        if (bias.present() && inside) v += bias.data[row];
+        if constexpr (!EARLY) load_constants(e);
+        if (inside) v += shift[e];
 #if EPILOGUE == 1
         i64 c = row - first;
         if (inside && c >= 0 && c < channels) {
@@ -158,7 +182,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
             window[e][W - 1] = to_f32(rounded);
             v = conv_bias.present() ? conv_bias.data[c] : 0.0f;
 #pragma unroll
-            for (int i = 0; i < W; i++) v += conv_weight.row(c)[i] * window[e][i];
+            for (int i = 0; i < W; i++) v += taps[e][i] * window[e][i];
             v = silu(v);
 #pragma unroll
             for (int i = 0; i < W - 1; i++) state.row(slot)[i * channels + c] = window[e][i + 1];
@@ -167,9 +191,9 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
 #if EPILOGUE == 2
         float s = 0.0f;
         if (inside) {
-            s = residual.row(token)[row] + v;
+            s = (EARLY ? before[e] : residual.row(token)[row]) + v;
             stream.row(token)[row] = s;
-            v = s * next_weight.data[row];
+            v = s * taps[e][0];
         }
         // The lanes of a token's rows are neighbours.
         float square = s * s;
