@@ -5,9 +5,11 @@
 // 2^31 for the likeliest token, so sums are exact in any order and the draw is reproducible; the rounding moves a
 // probability by less than 2^-31 of the likeliest token's.
 //
-// Macros: none.
+// Macros: V logits that a thread loads at once.
 
-#define THREADS 1024
+#define THREADS 512
+// Loads that a thread has under way.
+#define BATCH 8
 #define ONE 2147483648.0f
 // Where thresholds are found, digits of 8 bits.
 #define BINS 256
@@ -85,9 +87,7 @@ struct Row {
 // Moves the threshold up: of the kept tokens only the likeliest whose amounts together reach `target`, equals in the
 // order of their ids. The amount of a token is 1 or its weight.
 template <bool ByWeight>
-DEVICE void cut(Row& row, u64 target, u64* bins, u64* scratch) {
-    __shared__ u32 chosen_digit;
-    __shared__ u64 sum_above;
+DEVICE void cut(Row& row, u64 target, u64* bins, u64* scratch, u32& chosen_digit, u64& sum_above) {
     u32 prefix = 0;
     u64 above = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
@@ -152,6 +152,8 @@ DEVICE u32 random_24(u32 key, u64 counter) {
 KERNEL __launch_bounds__(THREADS) sample(Mat<float> logits, Mat<int> options, Mat<u32> seen, Mat<int> progress, int* ids, Mat<int> mailbox, int ring,
            i64 width) {
     __shared__ u64 scratch[THREADS / WARP], bins[BINS];
+    __shared__ u32 chosen_digit;
+    __shared__ u64 sum_above;
     __shared__ int chosen;
     let_next_start();
     wait_for_previous();
@@ -168,25 +170,40 @@ KERNEL __launch_bounds__(THREADS) sample(Mat<float> logits, Mat<int> options, Ma
     int step = state[2];
 
     // The likeliest token, the first of equals: of equal keys the largest inverted id.
-    u64 best = 0;
+    u32 best_key = 0;
+    int best_id = 0;
     bool finite = true;
-    for (int id = threadIdx.x; id < width; id += THREADS) {
-        float v = row.logits[id];
+    auto consider = [&](float v, int id) {
         finite = finite && (f32_to_bits(v) & 0x7f800000u) != 0x7f800000u;
-        if (id >= row.options.vocabulary) continue;
+        if (id >= row.options.vocabulary) return;
         if (row.seen != nullptr) v = row.value(id);
-        // -0 and 0 are equal.
-        u64 candidate = static_cast<u64>(key_of(v + 0.0f)) << 32 | (0xffffffffu - id);
-        best = candidate > best ? candidate : best;
+        // A thread's ids ascend, so the first of equals stays. -0 and 0 are equal.
+        u32 key = key_of(v + 0.0f);
+        if (key > best_key) best_key = key, best_id = id;
+    };
+    // Many loads are under way at once: a block has the row to itself.
+    int vectors = static_cast<int>(width) / V;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < vectors; i += BATCH * THREADS) {
+        float v[BATCH][V];
+#pragma unroll
+        for (int k = 0; k < BATCH; k++)
+            if (i + k * THREADS < vectors) load<V>(v[k], row.logits + static_cast<i64>(i + k * THREADS) * V);
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            if (i + k * THREADS >= vectors) break;
+#pragma unroll
+            for (int j = 0; j < V; j++) consider(v[k][j], (i + k * THREADS) * V + j);
+        }
     }
-    best = block_max_u64(best, scratch);
+    u64 best = block_max_u64(static_cast<u64>(best_key) << 32 | (0xffffffffu - best_id), scratch);
     bool bad = block_sum_u64(finite ? 0 : 1, scratch) > 0;
     int likeliest = static_cast<int>(0xffffffffu - static_cast<u32>(best));
     if (threadIdx.x == 0) chosen = bad ? -1 : likeliest;
     if (!bad && row.options.inverse_temperature != 0.0f) {
         row.most = row.value(likeliest);
         if (row.options.top_k > 0 && row.options.top_k < row.options.vocabulary)
-            cut<false>(row, row.options.top_k, bins, scratch);
+            cut<false>(row, row.options.top_k, bins, scratch, chosen_digit, sum_above);
         u64 mine = 0;
         if (row.options.top_p < 1.0f) {
             for (int id = threadIdx.x; id < row.options.vocabulary; id += THREADS) {
@@ -195,7 +212,7 @@ KERNEL __launch_bounds__(THREADS) sample(Mat<float> logits, Mat<int> options, Ma
             }
             u64 total = block_sum_u64(mine, scratch);
             u64 target = static_cast<u64>(static_cast<double>(row.options.top_p) * static_cast<double>(total));
-            cut<true>(row, target > 0 ? target : 1, bins, scratch);
+            cut<true>(row, target > 0 ? target : 1, bins, scratch, chosen_digit, sum_above);
         }
         // The likeliest token has the weight ONE.
         u32 least = static_cast<u32>(row.options.min_p * ONE);

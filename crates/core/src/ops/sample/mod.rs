@@ -13,6 +13,7 @@ use crate::cuda::{Arg, Kernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
+use crate::ops::elementwise::cuda::vector;
 
 const NAME: &str = "sample";
 
@@ -128,8 +129,9 @@ impl Op for Choose {
         };
         launcher.launch(
             Kernel::new(&PROGRAM, NAME)
+                .define("V", vector(&[logits]).min(4))
                 .grid(logits.rows, 1, 1)
-                .threads(1024)
+                .threads(512)
                 .overlapping()
                 .args([logits.into(), io.input(1).into(), io.optional_input(2).into(), progress.into()])
                 .arg(Arg::Ptr(ids.address()))

@@ -12,10 +12,11 @@
 // States, and columns of the projection, of a warp.
 #define NS ((N + WARPS - 1) / WARPS)
 #define RS (((R + WARPS - 1) / WARPS + 3) / 4 * 4)
+#define PITCH ((R + 2 * N + 3) / 4 * 4)
 
 KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> parts, Mat<T> dt_weight, Mat<float> dt_bias, Mat<float> a, Mat<float> skip,
               Mat<float> state, const int* slots, Mat<T> y, i64 tokens, i64 channels, float eps) {
-    __shared__ float in[TOKENS][R + 2 * N];
+    __shared__ __align__(16) float in[TOKENS][PITCH];
     __shared__ float dts[WARPS][TOKENS][WARP], ys[WARPS][TOKENS][WARP];
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -80,8 +81,13 @@ KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> 
     for (int t = 0; t < TOKENS; t++) {
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < RS; i++)
-            if (warp * RS + i < R) sum += w[i] * in[t][warp * RS + i];
+        for (int i = 0; i < RS; i += 4) {
+            if (warp * RS + i >= R) break;
+            // Past the rank there are numbers of B, and zeros among the weights.
+            float v[4];
+            load<4>(v, in[t] + warp * RS + i);
+            sum += w[i] * v[0] + w[i + 1] * v[1] + w[i + 2] * v[2] + w[i + 3] * v[3];
+        }
         dts[warp][t][lane] = sum;
     }
     __syncthreads();

@@ -10,82 +10,81 @@
 //
 // Sums over k: in f32, along the steps of a warp, then over warps in order, whatever the number of tokens.
 //
-// Macros: TO type of the result; WARPS; M row tiles of 16; NT token tiles of 8; STAGES of the ring; SCALE 0 or 1;
-// EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
+// With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
+// columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
+//
+// Macros: TO type of the result; K columns; WARPS; M row tiles of 16; NT token tiles of 8; STAGES of the ring; SCALE 0 or
+// 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
 
 #define THREADS (WARPS * WARP)
 #define ROWS (16 * M)
 #define TOKENS (8 * NT)
-// Steps whose tokens are loaded together.
-#define AHEAD (8 / NT)
+// Steps over the columns, and those of a warp.
+#define STEPS ((K + 31) / 32)
+#define MINE ((STEPS + WARPS - 1) / WARPS)
+// Steps whose tokens are under way together.
+#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : NT == 2 ? 4 : 2)
+// Chains of sums: a single one would be as long as all its products take one after another.
+#define CHAINS (NT == 1 ? 2 : 1)
 // Results a thread, and whether what they meet fits into registers meanwhile.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
 #define EARLY (EACH <= 2)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
 
-DEVICE void load_tokens(u32x4 (*b)[NT], Mat<bf16> x, i64 token0, i64 tokens, i64 k, int step, int steps, int lane) {
-#pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-        i64 c = static_cast<i64>(step + u * WARPS) * 32 + lane % 4 * 8;
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-            i64 token = token0 + 8 * j + lane / 4;
-            bool inside = step + u * WARPS < steps && token < tokens && c < k;
-            b[u][j] = inside ? *reinterpret_cast<const u32x4*>(x.row(token) + c) : u32x4{0, 0, 0, 0};
-        }
-    }
-}
-
 // out = x · weightᵀ ⊙ scale (+ bias), with scale[t] = 1/√(mean square of token t + ε) from `parts` partial sums a token.
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
 // moves on. Residual: stream = out + residual is stored, and what goes to `out` is stream ⊙ next_weight; row block b
 // leaves its sum of the squares of token t's stream in squares_out[t, b].
 KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
-                Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, i64 first, i64 channels,
+                Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
-                i64 tokens, i64 rows, i64 k) {
+                int tokens, int rows) {
     DYNAMIC_SHARED(bytes);
     u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2 M][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
+#if SCALE
     __shared__ float scale[TOKENS];
+#endif
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    i64 row0 = static_cast<i64>(blockIdx.x) * ROWS, token0 = static_cast<i64>(blockIdx.y) * TOKENS;
-    int steps = static_cast<int>((k + 31) / 32);
-    auto fetch = [&](int step, int stage) {
-        i64 c = static_cast<i64>(step) * 32 + lane % 4 * 8;
+    int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * TOKENS;
+    int column = warp * 32 + lane % 4 * 8;
+    auto there = [&](int i) { return STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS; };
+    // Behind the last column tokens are taken as zero, so the weight may be any.
+    auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
+    const bf16* from[2 * M];
 #pragma unroll
-        for (int m = 0; m < 2 * M; m++) {
-            i64 row = row0 + 8 * m + lane / 4;
-            u32x4* to = ring + (stage * 2 * M + m) * THREADS + threadIdx.x;
-            if (row < rows && c < k) {
-                copy_async16(to, weight.row(row) + c);
-            } else {
-                *to = u32x4{0, 0, 0, 0};
-            }
-        }
+    for (int m = 0; m < 2 * M; m++) {
+        int row = row0 + 8 * m + lane / 4;
+        from[m] = weight.row(row < rows ? row : rows - 1) + column;
+    }
+    auto fetch = [&](int i) {
+        if (!there(i)) return;
+        u32x4* to = ring + i % STAGES * 2 * M * THREADS + threadIdx.x;
+        int offset = behind(i) ? -column : i * WARPS * 32;
+#pragma unroll
+        for (int m = 0; m < 2 * M; m++) copy_async16(to + m * THREADS, from[m] + offset);
     };
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) {
-        if (warp + s * WARPS < steps) fetch(warp + s * WARPS, s);
+    for (int i = 0; i < STAGES; i++) {
+        fetch(i);
         copy_async_commit();
     }
     // What the results meet, as far as nothing in this step writes it. With many results a thread it is read late.
     float shift[EACH], window[EACH][W], taps[EACH][W];
     auto load_constants = [&](int e) {
-        int at = threadIdx.x + e * THREADS;
-        i64 row = row0 + at % ROWS, token = token0 + at / ROWS;
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
         if (at >= ROWS * TOKENS || row >= rows || token >= tokens) return;
         shift[e] = bias.present() ? bias.data[row] : 0.0f;
 #if EPILOGUE == 1
-        i64 c = row - first;
+        int c = row - first;
         if (c < 0 || c >= channels) return;
-        i64 slot = slots != nullptr ? slots[token] : token;
+        if (conv_bias.present()) shift[e] = conv_bias.data[c];
+        const float* old = state.row(slots != nullptr ? slots[token] : token) + c;
 #pragma unroll
-        for (int i = 0; i < W - 1; i++) window[e][i] = state.row(slot)[i * channels + c];
-#pragma unroll
-        for (int i = 0; i < W; i++) taps[e][i] = conv_weight.row(c)[i];
+        for (int i = 0; i < W - 1; i++) window[e][i] = old[static_cast<i64>(i) * channels];
+        load<W>(taps[e], conv_weight.data + static_cast<i64>(c) * W);
 #endif
 #if EPILOGUE == 2
         taps[e][0] = next_weight.data[row];
@@ -95,99 +94,118 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
 #pragma unroll
         for (int e = 0; e < EACH; e++) load_constants(e);
     }
+    int offsets[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        int token = token0 + 8 * j + lane / 4;
+        offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
+    }
     wait_for_previous();
 
     u32x4 b[AHEAD][NT];
-    load_tokens(b, x, token0, tokens, k, warp, steps, lane);
+    auto load_tokens = [&](int i) {
+        if (!there(i)) return;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            if (behind(i)) b[i % AHEAD][j] = u32x4{0, 0, 0, 0};
+            else b[i % AHEAD][j] = *reinterpret_cast<const u32x4*>(x.data + offsets[j] + i * WARPS * 32);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load_tokens(i);
 #if EPILOGUE == 2
     float before[EACH];
     if constexpr (EARLY) {
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
-            int at = threadIdx.x + e * THREADS;
-            i64 row = row0 + at % ROWS, token = token0 + at / ROWS;
+            int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
             if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
         }
     }
 #endif
 #if SCALE
-    // Token `warp`, `warp` + WARPS, ...
-    for (int j = warp; j < TOKENS; j += WARPS) {
+    for (int j = WARPS - 1 - warp; j < TOKENS && token0 + j < tokens; j += WARPS) {
         float sum = 0.0f;
-        if (token0 + j < tokens)
-            for (int p = lane; p < parts; p += WARP) sum += squares.row(token0 + j)[p];
+        for (int p = lane; p < parts; p += WARP) sum += squares.row(token0 + j)[p];
         sum = warp_sum(sum);
         if (lane == 0) scale[j] = 1.0f / sqrtf(sum / width + eps);
     }
 #endif
-    float d[M][NT][4] = {};
-    int stage = 0;
-    for (int step = warp; step < steps; step += AHEAD * WARPS) {
+    float d[CHAINS][M][NT][4] = {};
+    constexpr int unroll = MINE <= 8 ? MINE : AHEAD;
+#pragma unroll unroll
+    for (int i = 0; i < MINE; i++) {
+        if (!there(i)) break;
+        copy_async_wait<STAGES - 1>();
+        u32x4* at = ring + i % STAGES * 2 * M * THREADS + threadIdx.x;
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            if (step + u * WARPS >= steps) break;
-            copy_async_wait<STAGES - 1>();
-            u32x4* from = ring + stage * 2 * M * THREADS + threadIdx.x;
+        for (int m = 0; m < M; m++) {
+            u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
+            u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-            for (int m = 0; m < M; m++) {
-                u32x4 upper = from[2 * m * THREADS], lower = from[(2 * m + 1) * THREADS];
-                u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    u32 b0[2] = {b[u][j].x, b[u][j].y}, b1[2] = {b[u][j].z, b[u][j].w};
-                    mma_bf16(d[m][j], a0, b0);
-                    mma_bf16(d[m][j], a1, b1);
-                }
+            for (int j = 0; j < NT; j++) {
+                u32x4 v = b[i % AHEAD][j];
+                u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+                mma_bf16(d[0][m][j], a0, b0);
+                mma_bf16(d[CHAINS - 1][m][j], a1, b1);
             }
-            int next = step + (u + STAGES) * WARPS;
-            if (next < steps) fetch(next, stage);
-            copy_async_commit();
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
-        if (step + AHEAD * WARPS < steps) load_tokens(b, x, token0, tokens, k, step + AHEAD * WARPS, steps, lane);
+        if (i + STAGES < MINE) fetch(i + STAGES);
+        copy_async_commit();
+        if (i + AHEAD < MINE) load_tokens(i + AHEAD);
     }
 
     __syncthreads();
 #pragma unroll
-    for (int m = 0; m < M; m++)
+    for (int j = 0; j < NT; j++) {
+        int token = 8 * j + lane % 4 * 2;
+        if (token0 + token >= tokens) break;
+        float* to = sums + (warp * TOKENS + token) * PITCH + lane / 4;
 #pragma unroll
-        for (int j = 0; j < NT; j++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int token = 8 * j + lane % 4 * 2 + i % 2, row = 16 * m + lane / 4 + i / 2 * 8;
-                sums[(warp * TOKENS + token) * PITCH + row] = d[m][j][i];
+                float v = d[0][m][j][i];
+                if (CHAINS > 1) v += d[CHAINS - 1][m][j][i];
+                to[i % 2 * PITCH + 16 * m + i / 2 * 8] = v;
             }
+    }
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
-        int at = threadIdx.x + e * THREADS;
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
         if (at >= ROWS * TOKENS) break;  // whole warps
-        i64 row = row0 + at % ROWS, token = token0 + at / ROWS;
         bool inside = row < rows && token < tokens;
         float v = 0.0f;
+        if (inside) {
+            if constexpr (!EARLY) load_constants(e);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + at / ROWS) * PITCH + at % ROWS];
+            for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + at / ROWS) * PITCH + at % ROWS];
 #if SCALE
-        v *= scale[at / ROWS];
+            v *= scale[at / ROWS];
 #endif
-        if constexpr (!EARLY) load_constants(e);
-        if (inside) v += shift[e];
 #if EPILOGUE == 1
-        i64 c = row - first;
-        if (inside && c >= 0 && c < channels) {
-            i64 slot = slots != nullptr ? slots[token] : token;
-            // The window holds what a prompt would have stored: numbers of the activations' type.
-            TO rounded;
-            set(rounded, v);
-            window[e][W - 1] = to_f32(rounded);
-            v = conv_bias.present() ? conv_bias.data[c] : 0.0f;
+            int c = row - first;
+            if (c >= 0 && c < channels) {
+                if (bias.present()) v += bias.data[row];
+                // The window holds what a prompt would have stored: numbers of the activations' type.
+                TO rounded;
+                set(rounded, v);
+                window[e][W - 1] = to_f32(rounded);
+                v = conv_bias.present() ? shift[e] : 0.0f;
 #pragma unroll
-            for (int i = 0; i < W; i++) v += taps[e][i] * window[e][i];
-            v = silu(v);
+                for (int i = 0; i < W; i++) v += taps[e][i] * window[e][i];
+                v = silu(v);
+                float* next = state.row(slots != nullptr ? slots[token] : token) + c;
 #pragma unroll
-            for (int i = 0; i < W - 1; i++) state.row(slot)[i * channels + c] = window[e][i + 1];
-        }
+                for (int i = 0; i < W - 1; i++) next[static_cast<i64>(i) * channels] = window[e][i + 1];
+            } else {
+                v += shift[e];
+            }
+#else
+            v += shift[e];
 #endif
+        }
 #if EPILOGUE == 2
         float s = 0.0f;
         if (inside) {

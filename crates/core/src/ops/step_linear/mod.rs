@@ -134,6 +134,9 @@ fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Res
     if let Some(bias) = p.bias {
         g.expect_f32(NAME, "the bias", bias, Some(1), Some(n))?;
     }
+    if n * 8 > i32::MAX as usize || tokens > MOST_TOKENS {
+        return unsupported(format!("{tokens} tokens and {n} rows, but at most {MOST_TOKENS} and 2²⁸"));
+    }
     if let Some(scale) = p.scale {
         g.expect_f32(NAME, "the sums of squares", scale.squares, Some(tokens), None)?;
     }
@@ -223,6 +226,7 @@ impl Op for Product {
         let slots = io.optional_input(4).map_or(0, |m| m.address());
         let kernel = Kernel::new(&PROGRAM, NAME)
             .define_type("TO", out.dtype)
+            .define("K", weight.cols)
             .define("WARPS", shape.warps)
             .define("M", shape.row_tiles)
             .define("NT", shape.token_tiles)
@@ -237,10 +241,10 @@ impl Op for Product {
             .args([x.into(), weight.into(), io.optional_input(2).into(), out.into(), io.optional_input(3).into()])
             .args([(width as f32).into(), eps.into()])
             .args([io.optional_input(5).into(), io.optional_input(6).into(), io.optional_input(7).into()])
-            .args([Arg::Ptr(slots), first.into(), channels.into()])
+            .args([Arg::Ptr(slots), (first as i32).into(), (channels as i32).into()])
             .args([io.optional_input(8).into(), io.optional_input(9).into()])
             .args([io.optional_output(2).into(), io.optional_output(3).into(), (parts as i32).into()])
-            .args([x.rows.into(), weight.rows.into(), weight.cols.into()]);
+            .args([(x.rows as i32).into(), (weight.rows as i32).into()]);
         launcher.launch(kernel)
     }
 }
@@ -265,7 +269,7 @@ impl Shape {
             token_tiles /= 2;
         }
         let steps = k.div_ceil(32);
-        let warps = if steps >= 32 { 8 } else { 4 };
+        let warps = if steps >= 16 { 8 } else { 4 };
         let most = RING / (row_tiles * 1024 * warps);
         let stages = steps.div_ceil(warps).clamp(1, most);
         Shape { warps, row_tiles, token_tiles, stages, grid: [blocks, tokens.div_ceil(8 * token_tiles)] }
