@@ -86,11 +86,16 @@ pub fn open_device(device: DeviceArg, threads: Option<usize>) -> anyhow::Result<
         DeviceArg::Auto => {
             let (device, why_not) = Device::auto(threads)?;
             if let Some(why) = why_not {
-                eprintln!("computing on the CPU, since there is no GPU to use ({why})");
+                say_cpu(&why);
             }
             Ok(device)
         }
     }
+}
+
+/// Says that the CPU computes where a GPU might have.
+pub fn say_cpu(why: &str) {
+    eprintln!("computing on the CPU, since there is no GPU to use ({why})");
 }
 
 #[derive(Debug, Args)]
@@ -123,12 +128,18 @@ pub struct TrainArgs {
     /// Tokens of a window.
     #[arg(long)]
     pub length: Option<usize>,
-    /// Windows of a micro-batch.
+    /// Windows of a micro-batch, over all devices.
     #[arg(long)]
     pub batch: Option<usize>,
     /// Micro-batches of a step.
     #[arg(long)]
     pub accumulate: Option<usize>,
+    /// Compute each layer's forward pass again in the backward pass instead of keeping it: less memory, more time.
+    #[arg(long)]
+    pub recompute: bool,
+    /// GPUs that share each batch, by number, separated by commas [default: the first one].
+    #[arg(long, value_name = "0,1", value_delimiter = ',')]
+    pub devices: Vec<usize>,
     /// Largest learning rate.
     #[arg(long)]
     pub lr: Option<f64>,
@@ -136,7 +147,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub minutes: Option<f64>,
     /// Go on with a run from its latest checkpoint.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "preset", "model", "data", "field", "tokenizer", "out", "length", "batch", "accumulate", "lr", "seed", "dtype"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "preset", "model", "data", "field", "tokenizer", "out", "length", "batch", "accumulate", "recompute", "lr", "seed", "dtype"])]
     pub resume: Option<PathBuf>,
     /// Seed of initialisation, data order and dropout.
     #[arg(long)]

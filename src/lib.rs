@@ -27,7 +27,6 @@ use std::path::{Path, PathBuf};
 use hognose_engine::generate::Event;
 use hognose_model::checkpoint::{self, Checkpoint};
 use hognose_model::weights::{Form, Weights};
-use hognose_train::config::DeviceKind;
 
 /// Any error of hognose.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -155,12 +154,8 @@ pub fn forward_in(session: &mut Session<'_>, ids: &[u32]) -> Result<Vec<f32>, ho
 /// A configuration that is not possible, data that cannot be read, a folder that holds something, too little memory,
 /// a loss that is not finite.
 pub fn train(config: TrainConfig, folder: &Path) -> Result<Outcome, Error> {
-    let device = match config.device {
-        DeviceKind::Cpu => Device::cpu(config.threads)?,
-        DeviceKind::Cuda => Device::cuda(0)?,
-        DeviceKind::Auto => Device::auto(config.threads)?.0,
-    };
+    let (devices, _) = hognose_train::setup::devices(&config)?;
     let mut silent = hognose_train::report::Silent;
-    let outcome = hognose_train::trainer::train(config, device, folder, false, &mut silent)?;
+    let outcome = hognose_train::trainer::train(config, devices, folder, false, &mut silent)?;
     outcome.ok_or_else(|| "training ended before it began".into())
 }

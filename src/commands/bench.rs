@@ -234,8 +234,8 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     } else {
         device.arena(update.plan())?
     };
-    let [gradients, m, v] =
-        [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
+    let gradients = device.alloc(GradientPlan::gradient_bytes(weights.bytes()))?;
+    let [m, v] = [device.alloc(weights.bytes())?, device.alloc(weights.bytes())?];
     let pack = Pack::from_lengths(std::iter::repeat_n(args.length, args.batch))?;
     let mut seconds = Vec::new();
     for pass in 0..=args.repeat as u64 {
@@ -247,7 +247,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             pack: &pack,
             loss_scale: 1.0 / tokens as f32,
             states: None,
-            dropout_seed: [0; 2],
+            dropout_seed: [0; 3],
         };
         let start = Instant::now();
         let loss = plan.run(device, &arena, weights, Some(&gradients), &inputs)?;
@@ -267,7 +267,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             pack: &pack,
             loss_scale: 1.0 / tokens as f32,
             states: None,
-            dropout_seed: [0; 2],
+            dropout_seed: [0; 3],
         };
         show_profile(&plan.profile(device, &arena, weights, Some(&gradients), &inputs)?);
     }

@@ -13,7 +13,7 @@ use hognose_train::report::{Baselines, EvaluationReport, Observer, Outcome, Plan
 use hognose_train::{setup, trainer};
 use indicatif::ProgressBar;
 
-use crate::args::{Compute, DTypeArg, DeviceArg, TrainArgs, Usage, open_device};
+use crate::args::{Compute, DTypeArg, DeviceArg, TrainArgs, Usage, say_cpu};
 use crate::terminal::{self, duration, si, thousands};
 
 /// Tokens of a line that the model writes on the way.
@@ -29,17 +29,18 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
                 threads: args.compute.threads.map(|n| n as usize).or(config.threads),
                 steps: args.steps.unwrap_or(config.steps),
                 minutes: args.minutes.or(config.minutes),
+                devices: if args.devices.is_empty() { config.devices } else { args.devices.clone() },
                 ..config
             };
             let config = config.resolve().map_err(|e| Usage(e.to_string()))?;
-            Some(trainer::resume(folder, config.clone(), device(&config)?, &mut watcher)?)
+            Some(trainer::resume(folder, config.clone(), devices(&config)?, &mut watcher)?)
         }
         None => {
             let config = configuration(&args)?;
             let name = config.init.as_ref().and_then(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned());
             let folder = args.out.clone().unwrap_or_else(|| setup::free_folder(&name.unwrap_or(config.preset.clone())));
-            let device = device(&config)?;
-            trainer::train(config, device, &folder, args.plan_only, &mut watcher)?
+            let devices = devices(&config)?;
+            trainer::train(config, devices, &folder, args.plan_only, &mut watcher)?
         }
     };
     if let Some(outcome) = outcome {
@@ -48,14 +49,13 @@ pub fn run(args: TrainArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The device that the configuration names.
-fn device(config: &TrainConfig) -> anyhow::Result<Device> {
-    let device = match config.device {
-        DeviceKind::Cpu => DeviceArg::Cpu,
-        DeviceKind::Cuda => DeviceArg::Cuda,
-        DeviceKind::Auto => DeviceArg::Auto,
-    };
-    open_device(device, config.threads)
+/// The devices that the configuration names.
+fn devices(config: &TrainConfig) -> anyhow::Result<Vec<Device>> {
+    let (devices, why_not) = setup::devices(config)?;
+    if let Some(why) = why_not {
+        say_cpu(&why);
+    }
+    Ok(devices)
 }
 
 /// The configuration file, then what the command line says.
@@ -89,6 +89,10 @@ fn configuration(args: &TrainArgs) -> anyhow::Result<TrainConfig> {
     config.optimizer.lr = args.lr.unwrap_or(config.optimizer.lr);
     config.minutes = args.minutes.or(config.minutes);
     config.seed = args.seed.unwrap_or(config.seed);
+    config.recompute |= args.recompute;
+    if !args.devices.is_empty() {
+        config.devices.clone_from(&args.devices);
+    }
     apply(&args.compute, &mut config);
     config.resolve().map_err(|e| Usage(e.to_string()).into())
 }
@@ -190,10 +194,10 @@ impl Observer for Watcher {
             thousands(plan.step_tokens),
             si(plan.step_flops, "FLOP")
         );
-        let needed = plan.persistent_bytes + plan.arena_bytes;
-        let fits = if needed <= plan.available_bytes { "fits into" } else { "does not fit into" };
+        // What does not fit was refused before.
+        let each = if plan.devices > 1 { format!(" on each of {} devices", plan.devices) } else { String::new() };
         eprintln!(
-            "memory   {} of parameters, gradients and moments + arena of {} (without sharing {}): {fits} {} free",
+            "memory   {} of parameters, gradients and moments + arena of {} (without sharing {}): fits into {} free{each}",
             human_bytes(plan.persistent_bytes),
             human_bytes(plan.arena_bytes),
             human_bytes(plan.unshared_bytes),
@@ -201,7 +205,9 @@ impl Observer for Watcher {
         );
         let seconds = plan.step_flops * (plan.steps - plan.start_step) as f64 / plan.peak_flops;
         eprintln!(
-            "machine  {} in f32 multiply-adds: {} at the very least",
+            "machine  {}{}, {}: {} at the very least",
+            if plan.devices > 1 { format!("{} × ", plan.devices) } else { String::new() },
+            plan.device,
             si(plan.peak_flops, "FLOP/s"),
             duration(seconds)
         );

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use hognose::{Device, TrainConfig};
-use hognose_train::report::{Observer, StepReport};
+use hognose_train::report::{Observer, Silent, StepReport};
 use hognose_train::trainer;
 
 use crate::common::*;
@@ -69,8 +69,8 @@ impl Tiny {
         assert!(!Path::new(&self.path("refused")).exists(), "{more:?}");
     }
 
-    /// Trains through the library and stops after a step as if Ctrl-C had been pressed.
-    fn run_until(&self, name: &str, step: u64) -> String {
+    /// Trains through the library on that many CPUs, and stops after a step as if Ctrl-C had been pressed.
+    fn run_until_on(&self, name: &str, step: u64, devices: usize) -> String {
         struct Stop(u64, u64);
         impl Observer for Stop {
             fn step(&mut self, step: &StepReport) {
@@ -81,12 +81,21 @@ impl Tiny {
             }
         }
         let path = self.path(name);
-        let device = Device::cpu(self.config.threads).unwrap();
+        let cpus = (0..devices).map(|_| Device::cpu(self.config.threads).unwrap()).collect();
         let outcome =
-            trainer::train(self.config.clone(), device, Path::new(&path), false, &mut Stop(step, 0)).unwrap().unwrap();
-        assert!(outcome.interrupted);
-        assert_eq!((outcome.step, outcome.steps), (step, self.config.steps));
+            trainer::train(self.config.clone(), cpus, Path::new(&path), false, &mut Stop(step, 0)).unwrap().unwrap();
+        assert_eq!(outcome.interrupted, step <= self.config.steps);
+        assert_eq!((outcome.step, outcome.steps), (step.min(self.config.steps), self.config.steps));
         path
+    }
+
+    fn run_until(&self, name: &str, step: u64) -> String {
+        self.run_until_on(name, step, 1)
+    }
+
+    /// Trains through the library on that many CPUs.
+    fn run_on(&self, name: &str, devices: usize) -> String {
+        self.run_until_on(name, u64::MAX, devices)
     }
 }
 
@@ -138,6 +147,67 @@ fn a_resumed_run_goes_on_bit_for_bit() {
             assert_eq!(weights(&cut), weights(&whole), "stopped after {step}");
         }
     }
+}
+
+/// How far losses and norms of gradients on several devices may be from those on one, relatively: sums in another order,
+/// over the steps of these runs.
+const DEVICES_BOUND: f64 = 1e-4;
+
+fn assert_close(found: &[Metric], expected: &[Metric], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (a, b) in found.iter().zip(expected) {
+        assert_eq!(a.0, b.0, "{what}");
+        for (a, b) in [(a.1, b.1), (a.2, b.2), (a.3, b.3)] {
+            let close = match (a, b) {
+                (Some(a), Some(b)) => (a - b).abs() <= DEVICES_BOUND * b.abs(),
+                (a, b) => a == b,
+            };
+            assert!(close, "{what}: {a:?} is not {b:?}");
+        }
+    }
+}
+
+#[test]
+fn devices_that_share_a_batch_train_the_same_model() {
+    for change in [with_everything as fn(&mut TrainConfig), |_| {}] {
+        let tiny = Tiny::new(|config| {
+            change(config);
+            config.batch = 5;
+            config.checkpoint_every = 3;
+        });
+        let one = tiny.run("one");
+        let expected = metrics(&one);
+        for devices in [2, 3] {
+            let run = tiny.run_on(&format!("on{devices}"), devices);
+            assert_close(&metrics(&run), &expected, &format!("{devices} devices"));
+            let again = tiny.run_on(&format!("again{devices}"), devices);
+            assert_eq!(weights(&again), weights(&run), "two runs on {devices} devices differ");
+            // Another number of devices goes on where these stopped.
+            let cut = tiny.run_until_on(&format!("cut{devices}"), 5, devices);
+            assert_eq!(latest(&cut), "step-00000005");
+            succeeds(&["train", "--resume", &cut]);
+            assert_close(&metrics(&cut), &expected, &format!("{devices} devices, then one"));
+        }
+    }
+}
+
+#[test]
+fn what_stops_one_device_stops_all() {
+    let tiny = Tiny::new(|c| {
+        c.optimizer.lr = 1e30;
+        c.schedule.warmup = Some(0);
+        c.checkpoint_every = 1;
+    });
+    let train = |name: &str, devices: usize| {
+        let cpus = (0..devices).map(|_| Device::cpu(Some(1)).unwrap()).collect();
+        let path = tiny.path(name);
+        trainer::train(tiny.config.clone(), cpus, Path::new(&path), false, &mut Silent).unwrap_err().to_string()
+    };
+    let message = train("astray", 2);
+    for part in ["step 2: the loss is not finite", "backbone.", "step-00000001"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    assert!(train("too-many", 3).contains("a batch of 2 cannot be shared by 3 devices"));
 }
 
 #[test]
@@ -263,6 +333,10 @@ fn bad_settings_are_named() {
     tiny.refuses(2, &["--lr", "nan"], &["optimizer.lr is NaN"]);
     tiny.refuses(2, &["--minutes", "0"], &["minutes is 0"]);
     tiny.refuses(2, &["--threads", "0"], &["--threads"]);
+    tiny.refuses(2, &["--device", "cpu", "--devices", "0,1"], &["devices is [0, 1]", "numbers of GPUs"]);
+    tiny.refuses(2, &["--devices", "1,0,1"], &["devices is [1, 0, 1]", "each GPU once"]);
+    tiny.refuses(2, &["--devices", "0,1,2"], &["batch is 2", "each of the devices"]);
+    tiny.refuses(2, &["--devices", "0,x"], &["--devices", "'x'"]);
     tiny.refuses(2, &["--preset", "nope"], &["no preset \"nope\"", "mamba-130m"]);
     tiny.refuses(2, &["--device", "cuda"], &["CPU only"]);
     tiny.refuses(1, &["--length", "99999999"], &["fewer than", "smaller length"]);

@@ -158,7 +158,9 @@ impl Bench {
     ) -> Result<Bench, Error> {
         self.graph.output("y", y)?;
         match wrt {
-            None => self.graph.store(last, state)?,
+            None => {
+                self.graph.store(last, state)?;
+            }
             Some(wrt) => {
                 let dy = self.input(self.pack.tokens(), CHANNELS, -1.0, 1.0);
                 for gradient in self.graph.backward(&[(y, dy)], wrt, Recompute::Nothing)?.into_iter().flatten() {

@@ -89,7 +89,7 @@ impl Buffer {
         Ok(Buffer { ptr, bytes, cuda: Some(cuda.clone()), mapped: false, not_sync: PhantomData })
     }
 
-    fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.ptr.as_ptr() as u64
     }
 
@@ -142,6 +142,22 @@ impl Buffer {
                 Some(cuda) => cuda.read(self.address() + offset as u64, out),
                 None => std::ptr::copy_nonoverlapping(self.ptr.as_ptr().add(offset), out.as_mut_ptr(), out.len()),
             }
+        }
+    }
+
+    /// Copies `bytes` bytes from another place on the same device, behind the work before it. Panics if they do not fit,
+    /// or if the two places overlap or are on different devices.
+    pub fn copy_from(&self, offset: usize, from: Slice<'_>, bytes: usize) {
+        let inside = |buffer: &Buffer, at: usize| at.checked_add(bytes).is_some_and(|end| end <= buffer.bytes);
+        assert!(inside(self, offset) && inside(from.buffer, from.offset), "copy past the end of a buffer");
+        let (to, source) = (self.address() + offset as u64, from.buffer.address() + from.offset as u64);
+        assert!(to.abs_diff(source) >= bytes as u64, "a copy onto itself");
+        match (&self.cuda, &from.buffer.cuda) {
+            // SAFETY: both ranges lie inside their buffers.
+            (Some(cuda), Some(other)) if Arc::ptr_eq(cuda, other) => unsafe { cuda.copy(source, to, bytes) },
+            // SAFETY: as above; they do not overlap, and nobody else uses either now (buffers are not Sync).
+            (None, None) => unsafe { std::ptr::copy_nonoverlapping(source as *const u8, to as *mut u8, bytes) },
+            _ => panic!("a copy between devices"),
         }
     }
 
@@ -441,6 +457,21 @@ impl Device {
         let mut collected = Launcher::collect(gpu);
         plan.run_cuda(&mut collected, arena.ptr.as_ptr(), &externals)?;
         plan.run_cuda(&mut Launcher::emulate(collected, reversed)?, arena.ptr.as_ptr(), &externals)
+    }
+
+    /// Does everything for a later run of a plan with this memory that may need memory itself: a GPU compiles and
+    /// captures it now.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    pub fn prepare(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => {
+                let externals = self.check_bindings(plan, arena, bindings)?;
+                cuda.prepare(plan, arena.ptr.as_ptr(), &externals)
+            }
+        }
     }
 
     /// Seconds that each op of a plan takes by itself, in order, with the op's name: the fastest of some runs. Ops that

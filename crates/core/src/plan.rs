@@ -146,7 +146,9 @@ impl Plan {
                 result = node.op.run_cuda(io, launcher);
             }
         });
-        result
+        // A stream that was forked is joined whatever happened: else the capture that it is part of cannot end.
+        let joined = launcher.join();
+        result.and(joined)
     }
 
     /// The kernels that the plan needs on a GPU with these properties, which need not be here.

@@ -234,8 +234,8 @@ impl StatePool {
     /// Copies slot `from` over slot `to_slot` of another pool of the same model.
     pub fn copy(&self, from: usize, to: &StatePool, to_slot: usize) {
         self.each_part(|base, width, start| {
-            let values: Vec<f32> = self.buffer.to_vec(4 * (base + from * width), width);
-            to.buffer.write(4 * (start * to.slots + to_slot * width), &values);
+            let from = self.buffer.at(4 * (base + from * width));
+            to.buffer.copy_from(4 * (start * to.slots + to_slot * width), from, 4 * width);
         });
     }
 

@@ -67,6 +67,10 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Where to train.
     pub device: DeviceKind,
+    /// Numbers of the GPUs that share each batch, counted from 0; the first GPU when there are none. Which ones, and how
+    /// many, changes the results by rounding only.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<usize>,
     /// Type of stored activations and matrix products; parameters and their gradients are f32 in any case.
     pub dtype: Dtype,
     /// Threads on the CPU; all cores when absent. The results do not depend on it.
@@ -79,7 +83,7 @@ pub struct TrainConfig {
     pub minutes: Option<f64>,
     /// Tokens of a window.
     pub length: usize,
-    /// Windows of a micro-batch.
+    /// Windows of a micro-batch, over all devices.
     pub batch: usize,
     /// Micro-batches whose gradients make up a step.
     pub accumulation: usize,
@@ -159,6 +163,7 @@ impl Default for TrainConfig {
             init: None,
             seed: 0,
             device: DeviceKind::default(),
+            devices: Vec::new(),
             dtype: Dtype::default(),
             threads: None,
             steps: 4000,
@@ -261,6 +266,16 @@ impl TrainConfig {
                 return fail(name, value.to_string(), "a whole number from 1 up");
             }
         }
+        let devices = &self.devices;
+        if self.device == DeviceKind::Cpu && !devices.is_empty() {
+            return fail("devices", format!("{devices:?}"), "none with device = \"cpu\": they are numbers of GPUs");
+        }
+        if (1..devices.len()).any(|i| devices[..i].contains(&devices[i])) {
+            return fail("devices", format!("{devices:?}"), "each GPU once");
+        }
+        if self.batch < devices.len() {
+            return fail("batch", self.batch.to_string(), "at least one window for each of the devices");
+        }
         if i64::try_from(self.seed).is_err() {
             return fail("seed", self.seed.to_string(), "a whole number from 0 to 2⁶³ − 1");
         }
@@ -334,6 +349,7 @@ mod tests {
             threads: Some(2),
             dtype: Dtype::Bf16,
             device: DeviceKind::Cuda,
+            devices: vec![0, 3],
             ..TrainConfig::default()
         };
         config.data.paths = vec!["a.txt".into(), "b/*.jsonl".into()];
@@ -390,6 +406,12 @@ mod tests {
         assert!(message(|c| c.accumulation = 0).starts_with("accumulation is 0"));
         assert!(message(|c| c.accumulation = 65537).ends_with("65537, expected a whole number from 1 to 65536"));
         assert!(message(|c| c.threads = Some(0)).starts_with("threads is 0"));
+        assert_eq!(message(|c| c.devices = vec![0, 2, 0]), "devices is [0, 2, 0], expected each GPU once");
+        assert!(
+            message(|c| (c.devices, c.device) = (vec![1], DeviceKind::Cpu))
+                .starts_with("devices is [1], expected none")
+        );
+        assert!(message(|c| (c.devices, c.batch) = (vec![0, 1], 1)).starts_with("batch is 1, expected at least one"));
         assert!(message(|c| c.seed = u64::MAX).starts_with("seed is"));
         assert_eq!(message(|c| c.optimizer.lr = f64::NAN), "optimizer.lr is NaN, expected a finite number above 0");
         assert!(message(|c| c.optimizer.lr = f64::INFINITY).starts_with("optimizer.lr is inf"));

@@ -60,6 +60,21 @@ pub enum Error {
         "neither the tokenizer nor the model names a token that ends a text; name one as eos_token in tokenizer_config.json"
     )]
     NoBoundary,
+    /// More than the device holds, with what would hold.
+    #[error("training needs {needed} of memory on {device}, but {available} are free; {advice}")]
+    Memory { needed: String, device: String, available: String, advice: String },
+    /// Another device that trains along has failed.
+    #[error("another device has failed")]
+    Abandoned,
+    /// One of several devices failed.
+    #[error("{device}: {source}")]
+    Rank { device: String, source: Box<Error> },
+    /// Devices that should have the same parameters do not.
+    #[error(
+        "step {step}: the parameters on {device} are not those on the first device; nothing was saved since the last \
+         checkpoint, which --resume goes on from"
+    )]
+    Diverged { step: u64, device: String },
     /// Something that this version does not do.
     #[error("{0}")]
     Unsupported(String),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use hognose_core::graph::Recompute;
-use hognose_core::{Buffer, Device, Pack};
+use hognose_core::{Buffer, Device, Pack, Plan};
 use hognose_model::config::ModelConfig;
 use hognose_model::state::StatePool;
 use hognose_model::weights::Weights;
@@ -39,28 +39,31 @@ impl Lanes {
         Ok(Lanes { pool: StatePool::new(device, config, lanes)?, segments: HashMap::new() })
     }
 
-    /// Start and end states for a batch; the start states are those that its segments carry on.
-    pub fn start(
-        &mut self,
-        device: &Device,
-        config: &ModelConfig,
-        batch: &Batch,
-        segments: usize,
-    ) -> Result<(&StatePool, &StatePool), Error> {
-        let (start, end) = match self.segments.entry(segments) {
-            Entry::Occupied(pools) => pools.into_mut(),
-            Entry::Vacant(place) => {
-                let pool = || StatePool::new(device, config, segments);
-                place.insert((pool()?, pool()?))
-            }
-        };
+    /// Makes sure that there are start and end states for that many segments.
+    pub fn make_room(&mut self, device: &Device, config: &ModelConfig, segments: usize) -> Result<(), Error> {
+        if let Entry::Vacant(place) = self.segments.entry(segments) {
+            let pool = || StatePool::new(device, config, segments);
+            place.insert((pool()?, pool()?));
+        }
+        Ok(())
+    }
+
+    /// Start and end states for that many segments, if there is room.
+    pub fn pools(&self, segments: usize) -> Option<(&StatePool, &StatePool)> {
+        self.segments.get(&segments).map(|(start, end)| (start, end))
+    }
+
+    /// Start and end states for a batch; the start states are those that its segments carry on. `None` where no room
+    /// was made.
+    pub fn start(&self, batch: &Batch, segments: usize) -> Option<(&StatePool, &StatePool)> {
+        let (start, end) = self.pools(segments)?;
         start.clear();
         for (segment, lane) in batch.carried.iter().enumerate() {
             if let Some(lane) = lane {
                 self.pool.copy(*lane, start, segment);
             }
         }
-        Ok((start, end))
+        Some((start, end))
     }
 
     /// Keeps the states in which the lanes' last segments ended.
@@ -120,15 +123,16 @@ impl Evaluator {
                     place.insert(GradientPlan::new(device, config, shape)?)
                 }
             };
-            grow(device, arena, plan)?;
-            let states = self.lanes.start(device, config, &batch, pack.segments())?;
+            grow(device, arena, plan.plan())?;
+            self.lanes.make_room(device, config, pack.segments())?;
+            let states = self.lanes.start(&batch, pack.segments());
             let inputs = StepInputs {
                 ids: &batch.tokens,
                 targets: &batch.targets,
                 pack: &pack,
                 loss_scale: 1.0,
-                states: Some(states),
-                dropout_seed: [0; 2],
+                states,
+                dropout_seed: [0; 3],
             };
             nats += f64::from(plan.run(device, arena, weights, None, &inputs)?);
             self.lanes.finish(&batch, pack.segments());
@@ -142,11 +146,11 @@ impl Evaluator {
 }
 
 /// Makes the arena large enough for a plan.
-pub fn grow(device: &Device, arena: &mut Buffer, plan: &GradientPlan) -> Result<(), Error> {
-    if plan.plan().arena_bytes() > arena.bytes() {
+pub fn grow(device: &Device, arena: &mut Buffer, plan: &Plan) -> Result<(), Error> {
+    if plan.arena_bytes() > arena.bytes() {
         // The old arena goes first, so that both need not fit at once.
         *arena = device.alloc(0)?;
-        *arena = device.arena(plan.plan())?;
+        *arena = device.arena(plan)?;
     }
     Ok(())
 }

@@ -7,6 +7,8 @@
 //! | [`setup`] | from a configuration to model, tokenizer and data |
 //! | [`step`] | one training step as two plans: gradients and update |
 //! | [`trainer`] | the loop; [`evaluate`] and [`checkpoint`] are its parts, [`report`] is what it tells |
+//! | `worker`, `ranks` | what one device does in a step, and several devices that train together |
+//! | `memory` | what a run needs on a device, and what to change where that is too much |
 //! | [`baseline`] | what gzip and xz need for the held-out documents |
 //! | [`schedule`] | learning rates |
 //! | [`config`] | the configuration file of a run |
@@ -19,12 +21,15 @@ pub mod corpus;
 pub mod data;
 pub mod error;
 pub mod evaluate;
+mod memory;
+mod ranks;
 pub mod records;
 pub mod report;
 pub mod schedule;
 pub mod setup;
 pub mod step;
 pub mod trainer;
+mod worker;
 
 use hognose_model::atomic;
 

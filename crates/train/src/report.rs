@@ -17,17 +17,21 @@ pub struct PlanReport {
     pub model: ModelConfig,
     /// Number of its parameters.
     pub parameters: u64,
-    /// Bytes of parameters, gradients and the optimizer's moments.
+    /// Devices that share each batch.
+    pub devices: usize,
+    /// The first of them, in words.
+    pub device: String,
+    /// Bytes of parameters, gradients and the optimizer's moments on each device.
     pub persistent_bytes: u64,
     /// Bytes of the arena: all intermediate tensors of a micro-batch.
     pub arena_bytes: u64,
     /// Bytes that they would need without sharing.
     pub unshared_bytes: u64,
-    /// Bytes that are free on the device.
+    /// Bytes that were free on the device before any of it was taken.
     pub available_bytes: u64,
     /// Floating-point operations of a step.
     pub step_flops: f64,
-    /// Floating-point operations a second that the device reaches in a loop of multiply-adds.
+    /// Floating-point operations a second that the devices reach together, in a loop of multiply-adds or a large product.
     pub peak_flops: f64,
     /// Tokens of a step.
     pub step_tokens: u64,

@@ -3,19 +3,37 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hognose_core::Device;
 use hognose_model::checkpoint::{self, Checkpoint};
 use hognose_model::config::{MAX_LAYERS, Mixer, ModelConfig};
 use hognose_model::hub;
 use hognose_model::presets;
 use hognose_model::tokenizer::Tokenizer;
 
-use crate::config::TrainConfig;
+use crate::config::{DeviceKind, TrainConfig};
 use crate::corpus;
 use crate::data::{Boundary, Document, Encode, EncodeError, Evaluation, Shape, TokenStore, sources, split};
 use crate::error::Error;
 
 /// Rows of the embedding are padded to a multiple of this, so that products have no ragged edge.
 const VOCABULARY_MULTIPLE: usize = 8;
+
+/// Opens the devices that a configuration names; with a sentence that says why, where the CPU takes the place of a GPU.
+///
+/// # Errors
+/// A library that is missing, no such GPU, an instruction set that is not there.
+pub fn devices(config: &TrainConfig) -> Result<(Vec<Device>, Option<String>), Error> {
+    let gpus = |numbers: &[usize]| numbers.iter().map(|&n| Device::cuda(n)).collect::<Result<_, _>>();
+    Ok(match (config.device, config.devices.as_slice()) {
+        (DeviceKind::Cpu, _) => (vec![Device::cpu(config.threads)?], None),
+        (DeviceKind::Auto, []) => {
+            let (device, why_not) = Device::auto(config.threads)?;
+            (vec![device], why_not)
+        }
+        (DeviceKind::Cuda, []) => (gpus(&[0])?, None),
+        (_, numbers) => (gpus(numbers)?, None),
+    })
+}
 
 /// What a run starts from.
 #[derive(Debug)]

@@ -1,11 +1,13 @@
 //! One training step as two plans: loss and gradients of a micro-batch, and the update of the parameters.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use hognose_core::graph::{Cost, Recompute};
 use hognose_core::ops::adamw::{self, AdamW, Hyper};
+use hognose_core::ops::all_reduce::all_reduce;
 use hognose_core::ops::elementwise;
-use hognose_core::{Buffer, DType, Device, Graph, Pack, Plan, Slice, TensorId};
+use hognose_core::{Buffer, DType, Device, Graph, Member, Pack, Plan, Slice, TensorId};
 use hognose_model::config::ModelConfig;
 use hognose_model::network::{DROPOUT_SEED, IDS, LOSS_SCALE, Recorder, SEGMENTS, States, TARGETS};
 use hognose_model::state::StatePool;
@@ -15,8 +17,15 @@ use crate::error::Error;
 
 const LOSS: &str = "loss";
 const NORM: &str = "norm";
+const CULPRIT: &str = "culprit";
 /// Prefix of the externals that receive gradients.
 const GRAD: &str = "grad.";
+/// Bytes of gradients that several devices sum at once: enough to use their connection well, few enough to begin early.
+const BUCKET: usize = 25 << 20;
+/// Bytes behind the gradients, for the loss: it is added up over micro-batches and devices as they are.
+const LOSS_BYTES: usize = 64;
+/// Where the update's hyper-parameters, the norm and the place of the first gradient that is not finite are.
+const UPDATE_AT: [usize; 3] = [0, 64, 72];
 
 /// What decides the shape of a gradient plan.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,8 +61,9 @@ pub struct StepInputs<'a> {
     pub loss_scale: f32,
     /// With `carry_state`: where segments start, and where their final states go.
     pub states: Option<(&'a StatePool, &'a StatePool)>,
-    /// Seed of the step's dropout masks: the run's seed and the number of the micro-batch.
-    pub dropout_seed: [i32; 2],
+    /// Seed of the step's dropout masks: the run's seed and the number of the micro-batch; and how many tokens of the
+    /// micro-batch other devices have before these.
+    pub dropout_seed: [i32; 3],
 }
 
 /// The plan that computes loss and gradients of a micro-batch.
@@ -68,6 +78,10 @@ pub struct GradientPlan {
 impl GradientPlan {
     /// Records a micro-batch of this shape. Fails where the configuration's ops refuse its sizes.
     pub fn graph(config: &ModelConfig, shape: &StepShape) -> Result<Graph, Error> {
+        GradientPlan::record(config, shape, None)
+    }
+
+    fn record(config: &ModelConfig, shape: &StepShape, member: Option<&Arc<Member>>) -> Result<Graph, Error> {
         let states = if shape.carry_state { States::Carried } else { States::None };
         let mut recorder = Recorder::new(config, shape.form, shape.tokens, shape.segments, states);
         if shape.gradients {
@@ -77,15 +91,26 @@ impl GradientPlan {
         let loss = recorder.loss(hidden, shape.gradients)?.loss;
         let params: Vec<(String, TensorId)> = recorder.params().iter().map(|(n, &t)| (n.clone(), t)).collect();
         let mut graph = recorder.graph;
-        if shape.gradients {
-            let one = elementwise::fill(&mut graph, DType::F32, 1, 1, 1.0)?;
-            let wrt: Vec<TensorId> = params.iter().map(|p| p.1).collect();
-            let gradients = graph.backward(&[(loss, one)], &wrt, shape.recompute)?;
-            for ((name, param), gradient) in params.iter().zip(gradients) {
-                store_gradient(&mut graph, name, *param, gradient, shape.accumulate)?;
-            }
+        if !shape.gradients {
+            graph.output(LOSS, loss)?;
+            return Ok(graph);
         }
-        graph.output(LOSS, loss)?;
+        let one = elementwise::fill(&mut graph, DType::F32, 1, 1, 1.0)?;
+        let wrt: Vec<TensorId> = params.iter().map(|p| p.1).collect();
+        let gradients = graph.backward(&[(loss, one)], &wrt, shape.recompute)?;
+        let first = graph.nodes().len();
+        let mut sums = Vec::new();
+        for ((name, param), gradient) in params.iter().zip(gradients) {
+            let dest = graph.external(format!("{GRAD}{name}"), DType::F32, graph.rows(*param), graph.cols(*param));
+            sums.extend(store_gradient(&mut graph, dest, gradient, shape.accumulate)?);
+        }
+        let dest = graph.external(LOSS, DType::F32, 1, 1);
+        sums.extend(store_gradient(&mut graph, dest, Some(loss), shape.accumulate)?);
+        // What is added to gradients runs as they come, so that they need not be kept.
+        graph.hoist(first);
+        if let Some(member) = member {
+            sum_over_group(&mut graph, member, sums)?;
+        }
         Ok(graph)
     }
 
@@ -94,10 +119,29 @@ impl GradientPlan {
     /// # Errors
     /// As [`GradientPlan::graph`]; no memory for its inputs.
     pub fn new(device: &Device, config: &ModelConfig, shape: StepShape) -> Result<GradientPlan, Error> {
-        let plan = device.plan(GradientPlan::graph(config, &shape)?)?;
+        GradientPlan::in_group(device, config, shape, None)
+    }
+
+    /// As [`GradientPlan::new`]; gradients and loss are summed over the group that `member` belongs to, if there is
+    /// one: for the last micro-batch of a step.
+    ///
+    /// # Errors
+    /// As [`GradientPlan::new`].
+    pub fn in_group(
+        device: &Device,
+        config: &ModelConfig,
+        shape: StepShape,
+        member: Option<&Arc<Member>>,
+    ) -> Result<GradientPlan, Error> {
+        let plan = device.plan(GradientPlan::record(config, &shape, member)?)?;
         let inputs = plan.graph().externals().iter().filter(|e| is_io(&e.name));
         let io = device.alloc(inputs.map(|e| device.external_bytes(&plan, e.tensor).next_multiple_of(64)).sum())?;
         Ok(GradientPlan { plan, shape, io })
+    }
+
+    /// Bytes of the gradients of parameters that take this many, and of the loss behind them.
+    pub fn gradient_bytes(weights: usize) -> usize {
+        weights + LOSS_BYTES
     }
 
     /// The plan itself, for its sizes and costs.
@@ -115,7 +159,27 @@ impl GradientPlan {
         self.plan.cost()
     }
 
-    /// Runs the plan and returns the loss. Gradients go to `gradients`, which has the layout of the weights.
+    /// Enqueues a run. Gradients go to `gradients`, which has the layout of the weights and the loss behind them
+    /// ([`GradientPlan::gradient_bytes`]).
+    ///
+    /// # Errors
+    /// Something that the plan needs is not there; what the device refuses.
+    pub fn enqueue(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        gradients: Option<&Buffer>,
+        inputs: &StepInputs<'_>,
+    ) -> Result<(), Error> {
+        self.write(device, inputs);
+        Ok(device.run(&self.plan, arena, &self.bindings(device, weights, gradients, inputs.states)?)?)
+    }
+
+    /// As [`GradientPlan::enqueue`], and waits for the loss.
+    ///
+    /// # Errors
+    /// As [`GradientPlan::enqueue`].
     pub fn run(
         &self,
         device: &Device,
@@ -124,9 +188,35 @@ impl GradientPlan {
         gradients: Option<&Buffer>,
         inputs: &StepInputs<'_>,
     ) -> Result<f32, Error> {
-        let (bindings, loss_at) = self.bindings(device, weights, gradients, inputs)?;
-        device.run(&self.plan, arena, &bindings)?;
-        Ok(self.io.to_vec::<f32>(loss_at, 1)[0])
+        self.enqueue(device, arena, weights, gradients, inputs)?;
+        let Slice { buffer, offset } = self.loss(device, weights, gradients);
+        Ok(buffer.to_vec::<f32>(offset, 1)[0])
+    }
+
+    /// Does what a run with this memory needs memory for itself (see [`Device::prepare`]).
+    ///
+    /// # Errors
+    /// As [`GradientPlan::enqueue`].
+    pub fn prepare(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        gradients: &Buffer,
+        states: Option<(&StatePool, &StatePool)>,
+    ) -> Result<(), Error> {
+        Ok(device.prepare(&self.plan, arena, &self.bindings(device, weights, Some(gradients), states)?)?)
+    }
+
+    /// Where the loss is after a run.
+    pub fn loss<'a>(&'a self, device: &Device, weights: &Weights, gradients: Option<&'a Buffer>) -> Slice<'a> {
+        match gradients {
+            Some(gradients) => gradients.at(weights.bytes()),
+            None => {
+                let io = self.io_externals(device).find(|(name, _)| *name == LOSS);
+                self.io.at(io.map_or(0, |(_, offset)| offset))
+            }
+        }
     }
 
     /// Seconds that each op takes by itself, with the op's name.
@@ -141,51 +231,61 @@ impl GradientPlan {
         gradients: Option<&Buffer>,
         inputs: &StepInputs<'_>,
     ) -> Result<Vec<(&'static str, f64)>, Error> {
-        let (bindings, _) = self.bindings(device, weights, gradients, inputs)?;
-        Ok(device.profile(&self.plan, arena, &bindings)?)
+        self.write(device, inputs);
+        Ok(device.profile(&self.plan, arena, &self.bindings(device, weights, gradients, inputs.states)?)?)
     }
 
-    /// Writes the inputs; returns where the memory of the externals is, and at which byte of `io` the loss.
+    /// The externals in the plan's own memory: name and first byte there.
+    fn io_externals<'a>(&'a self, device: &'a Device) -> impl Iterator<Item = (&'a str, usize)> {
+        let mut offset = 0;
+        self.plan.graph().externals().iter().filter(|e| is_io(&e.name)).map(move |e| {
+            let at = offset;
+            offset += device.external_bytes(&self.plan, e.tensor).next_multiple_of(64);
+            (e.name.as_str(), at)
+        })
+    }
+
+    /// Writes the inputs.
+    fn write(&self, device: &Device, inputs: &StepInputs<'_>) {
+        let io = &self.io;
+        for (name, at) in self.io_externals(device) {
+            match name {
+                IDS => io.write(at, &inputs.ids.iter().map(|&i| i as i32).collect::<Vec<i32>>()),
+                SEGMENTS => io.write(at, inputs.pack.offsets()),
+                TARGETS => io.write(at, inputs.targets),
+                LOSS_SCALE => io.write(at, &[inputs.loss_scale]),
+                DROPOUT_SEED => io.write(at, &inputs.dropout_seed),
+                _ => {}
+            }
+        }
+    }
+
+    /// Where the memory of the externals is.
     fn bindings<'a>(
         &'a self,
-        device: &Device,
+        device: &'a Device,
         weights: &'a Weights,
         gradients: Option<&'a Buffer>,
-        inputs: &StepInputs<'a>,
-    ) -> Result<(Vec<Slice<'a>>, usize), Error> {
-        let io = &self.io;
-        let mut offset = 0;
-        let mut loss_at = 0;
-        let mut bindings: Vec<Slice<'_>> = Vec::new();
-        for external in self.plan.graph().externals() {
-            let name = external.name.as_str();
+        states: Option<(&'a StatePool, &'a StatePool)>,
+    ) -> Result<Vec<Slice<'a>>, Error> {
+        let mut own = self.io_externals(device);
+        let bound = |name: &str| {
             if is_io(name) {
-                match name {
-                    IDS => io.write(offset, &inputs.ids.iter().map(|&i| i as i32).collect::<Vec<i32>>()),
-                    SEGMENTS => io.write(offset, inputs.pack.offsets()),
-                    TARGETS => io.write(offset, inputs.targets),
-                    LOSS_SCALE => io.write(offset, &[inputs.loss_scale]),
-                    DROPOUT_SEED => io.write(offset, &inputs.dropout_seed),
-                    _ => loss_at = offset,
-                }
-                bindings.push(io.at(offset));
-                offset += device.external_bytes(&self.plan, external.tensor).next_multiple_of(64);
-                continue;
+                let place = own.next().map(|(_, at)| self.io.at(at));
+                return if name == LOSS { Some(self.loss(device, weights, gradients)) } else { place };
             }
-            let missing = || Error::Internal(format!("nothing is bound to {name}"));
-            let bound = match (name.strip_prefix(GRAD), inputs.states) {
-                (Some(param), _) => {
-                    let offset = weights.slice(param).ok_or_else(missing)?.offset;
-                    gradients.map(|buffer| buffer.at(offset))
-                }
+            match (name.strip_prefix(GRAD), states) {
+                (Some(param), _) => weights.slice(param).and_then(|slice| gradients.map(|b| b.at(slice.offset))),
                 (None, Some((start, end))) => {
                     weights.slice(name).or_else(|| start.slice(name, false)).or_else(|| end.slice(name, true))
                 }
                 (None, None) => weights.slice(name),
-            };
-            bindings.push(bound.ok_or_else(missing)?);
-        }
-        Ok((bindings, loss_at))
+            }
+        };
+        let names = self.plan.graph().externals().iter().map(|e| e.name.as_str());
+        let found: Vec<Option<Slice<'_>>> = names.clone().map(bound).collect();
+        let missing = |name| Error::Internal(format!("nothing is bound to {name}"));
+        names.zip(found).map(|(name, slice)| slice.ok_or_else(|| missing(name))).collect()
     }
 }
 
@@ -193,30 +293,48 @@ fn is_io(name: &str) -> bool {
     [IDS, SEGMENTS, TARGETS, LOSS_SCALE, DROPOUT_SEED, LOSS].contains(&name)
 }
 
-/// Makes the gradient of a parameter end up in its external, added to what is there if `accumulate`.
+/// Makes a gradient end up in its external, added to what is there if `accumulate`. Returns it as it stands there and
+/// the external, if anything was stored.
 fn store_gradient(
     graph: &mut Graph,
-    name: &str,
-    param: TensorId,
+    dest: TensorId,
     gradient: Option<TensorId>,
     accumulate: bool,
-) -> Result<(), Error> {
-    let (rows, cols) = (graph.rows(param), graph.cols(param));
-    let dest = graph.external(format!("{GRAD}{name}"), DType::F32, rows, cols);
+) -> Result<Option<(TensorId, TensorId)>, Error> {
     let value = match (gradient, accumulate) {
         (Some(gradient), false) => gradient,
         (Some(gradient), true) => graph.plus(gradient, dest)?,
-        (None, false) => elementwise::fill(graph, DType::F32, rows, cols, 0.0)?,
-        (None, true) => return Ok(()),
+        (None, false) => elementwise::fill(graph, DType::F32, graph.rows(dest), graph.cols(dest), 0.0)?,
+        (None, true) => return Ok(None),
     };
-    Ok(graph.store(value, dest)?)
+    Ok(Some((graph.store(value, dest)?, dest)))
+}
+
+/// Sums what was stored over a group of devices, in buckets that are filled in the order in which the backward pass
+/// makes them ready, and each as soon as its last part is: the rest of the pass runs meanwhile.
+fn sum_over_group(graph: &mut Graph, member: &Arc<Member>, mut parts: Vec<(TensorId, TensorId)>) -> Result<(), Error> {
+    parts.sort_by_cached_key(|part| graph.last_touch(part.0));
+    let first = graph.nodes().len();
+    let mut bucket = Vec::new();
+    let mut bytes = 0;
+    for (i, part) in parts.iter().enumerate() {
+        bucket.push(*part);
+        bytes += graph.tensor(part.1).bytes();
+        if bytes >= BUCKET || i + 1 == parts.len() {
+            all_reduce(graph, member, &bucket)?;
+            bucket.clear();
+            bytes = 0;
+        }
+    }
+    graph.hoist(first);
+    Ok(())
 }
 
 /// AdamW over all parameters: the gradient's norm, clipping and the update, in one pass over flat memory.
 #[derive(Debug)]
 pub struct UpdatePlan {
     plan: Plan,
-    /// Hyper-parameters and the norm.
+    /// Hyper-parameters and results ([`UPDATE_AT`]).
     io: Buffer,
 }
 
@@ -244,6 +362,8 @@ impl UpdatePlan {
         let norm = adamw::global_norm(&mut graph, grads)?;
         // The norm is read by the update and by the caller.
         graph.output(NORM, norm)?;
+        let culprit = adamw::first_not_finite(&mut graph, grads, norm)?;
+        graph.output(CULPRIT, culprit)?;
         let rounded = rounded.then(|| graph.external("rounded", DType::BF16, 1, n));
         adamw::adamw(&mut graph, AdamW { params, grads, m, v, hyper, norm, decayed, rounded })?;
         Ok(graph)
@@ -254,8 +374,28 @@ impl UpdatePlan {
         &self.plan
     }
 
-    /// Does update number `step` (from 1) on the parameters with the buffers of gradients, first and second moments, and
-    /// returns the gradient's norm before clipping. If that is not finite, nothing changes.
+    /// Enqueues update number `step` (from 1) of the parameters with the buffers of gradients, first and second moments.
+    /// If the gradient's norm is not finite, nothing changes.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn enqueue(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        buffers: [&Buffer; 3],
+        hyper: &Hyper,
+        step: u64,
+    ) -> Result<(), Error> {
+        self.io.write(UPDATE_AT[0], &hyper.row(step));
+        Ok(device.run(&self.plan, arena, &self.bindings(weights, buffers))?)
+    }
+
+    /// As [`UpdatePlan::enqueue`]; waits for the gradient's norm before clipping and returns it.
+    ///
+    /// # Errors
+    /// As [`UpdatePlan::enqueue`].
     pub fn run(
         &self,
         device: &Device,
@@ -265,25 +405,43 @@ impl UpdatePlan {
         hyper: &Hyper,
         step: u64,
     ) -> Result<f32, Error> {
-        self.io.write(0, &hyper.row(step));
+        self.enqueue(device, arena, weights, buffers, hyper, step)?;
+        Ok(self.io.to_vec::<f32>(UPDATE_AT[1], 1)[0])
+    }
+
+    /// Does what a run with this memory needs memory for itself (see [`Device::prepare`]).
+    ///
+    /// # Errors
+    /// As [`UpdatePlan::enqueue`].
+    pub fn prepare(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        buffers: [&Buffer; 3],
+    ) -> Result<(), Error> {
+        Ok(device.prepare(&self.plan, arena, &self.bindings(weights, buffers))?)
+    }
+
+    /// After a run: the gradient's norm, f32, and behind it 8 bytes with the number of the first gradient that is not
+    /// finite, all ones where there is none.
+    pub fn results(&self) -> Slice<'_> {
+        self.io.at(UPDATE_AT[1])
+    }
+
+    fn bindings<'a>(&'a self, weights: &'a Weights, buffers: [&'a Buffer; 3]) -> Vec<Slice<'a>> {
         let [grads, m, v] = buffers.map(Buffer::slice);
-        let bindings: Vec<Slice<'_>> = self
-            .plan
-            .graph()
-            .externals()
-            .iter()
-            .map(|e| match e.name.as_str() {
-                "params" => weights.buffer().slice(),
-                "rounded" => weights.rounded().unwrap_or(&self.io).slice(),
-                "grads" => grads,
-                "m" => m,
-                "v" => v,
-                "hyper" => self.io.at(0),
-                _ => self.io.at(64),
-            })
-            .collect();
-        device.run(&self.plan, arena, &bindings)?;
-        Ok(self.io.to_vec::<f32>(64, 1)[0])
+        let bind = |name: &str| match name {
+            "params" => weights.buffer().slice(),
+            "rounded" => weights.rounded().unwrap_or(&self.io).slice(),
+            "grads" => grads,
+            "m" => m,
+            "v" => v,
+            "hyper" => self.io.at(UPDATE_AT[0]),
+            NORM => self.io.at(UPDATE_AT[1]),
+            _ => self.io.at(UPDATE_AT[2]),
+        };
+        self.plan.graph().externals().iter().map(|e| bind(&e.name)).collect()
     }
 }
 
@@ -329,14 +487,14 @@ pub fn gradients(
     };
     let plan = GradientPlan::new(device, config, shape)?;
     let arena = device.arena(plan.plan())?;
-    let buffer = device.alloc(weights.bytes())?;
+    let buffer = device.alloc(GradientPlan::gradient_bytes(weights.bytes()))?;
     let inputs = StepInputs {
         ids,
         targets: &targets,
         pack,
         loss_scale: 1.0 / (predicted.max(1) as f32),
         states: None,
-        dropout_seed: [0; 2],
+        dropout_seed: [0; 3],
     };
     let loss = plan.run(device, &arena, weights, Some(&buffer), &inputs)?;
     let tensors = weights

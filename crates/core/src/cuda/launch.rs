@@ -12,6 +12,7 @@ use super::blas::Product;
 use super::compile::{Program, Variant};
 #[cfg(test)]
 use super::emulator;
+use super::nccl::Communicator;
 use super::{Cuda, Properties, check, cuda_error};
 use crate::dtype::DType;
 use crate::error::Error;
@@ -157,6 +158,8 @@ impl Kernel {
 pub struct Launcher<'a> {
     properties: &'a Properties,
     target: Target<'a>,
+    /// Something runs beside the main stream.
+    forked: bool,
 }
 
 #[derive(Debug)]
@@ -209,12 +212,12 @@ impl<'a> Parameters<'a> {
 impl<'a> Launcher<'a> {
     /// Collects which kernels are needed for a GPU with these properties.
     pub fn collect(properties: &'a Properties) -> Launcher<'a> {
-        Launcher { properties, target: Target::Collect(HashMap::new()) }
+        Launcher { properties, target: Target::Collect(HashMap::new()), forked: false }
     }
 
     /// Enqueues on a GPU. The context must be current.
     pub(crate) fn run(cuda: &'a Cuda) -> Launcher<'a> {
-        Launcher { properties: cuda.properties(), target: Target::Run(cuda) }
+        Launcher { properties: cuda.properties(), target: Target::Run(cuda), forked: false }
     }
 
     /// Runs on the CPU what was collected before.
@@ -222,7 +225,7 @@ impl<'a> Launcher<'a> {
     pub(crate) fn emulate(collected: Launcher<'a>, reversed: bool) -> Result<Launcher<'a>, Error> {
         let properties = collected.properties;
         emulator::prepare(&collected.variants())?;
-        Ok(Launcher { properties, target: Target::Emulate { reversed } })
+        Ok(Launcher { properties, target: Target::Emulate { reversed }, forked: false })
     }
 
     /// The kernels that were asked for, by key, if this collects.
@@ -303,6 +306,30 @@ impl<'a> Launcher<'a> {
                 emulator::product(product);
                 Ok(())
             }
+        }
+    }
+
+    /// Takes sums over a group of GPUs, in place, of ranges given by address and number of f32. They run beside what
+    /// is taken later, until [`Launcher::join`].
+    ///
+    /// # Errors
+    /// What NCCL refuses.
+    pub(crate) fn all_reduce(&mut self, communicator: &Communicator, ranges: &[(u64, usize)]) -> Result<(), Error> {
+        let Target::Run(cuda) = self.target else { return Ok(()) };
+        let side = cuda.side()?;
+        side.fork(cuda.stream())?;
+        self.forked = true;
+        communicator.all_reduce(ranges, side.stream)
+    }
+
+    /// What is taken from now on waits for everything before it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub(crate) fn join(&mut self) -> Result<(), Error> {
+        match self.target {
+            Target::Run(cuda) if std::mem::take(&mut self.forked) => cuda.side()?.join(cuda.stream()),
+            _ => Ok(()),
         }
     }
 

@@ -39,10 +39,11 @@ impl Library {
                 "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
             }
             Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
-            Library::Nccl => "NCCL; `pip install nvidia-nccl-cu13` brings it",
+            Library::Nccl => "NCCL, which sums gradients over GPUs; `pip install nvidia-nccl-cu13` brings it",
         }
     }
 
+    /// Whether cudarc finds it now. NCCL is called without cudarc, which does not know the file's name.
     fn is_found(self) -> bool {
         // SAFETY: looking a library up runs its initialisers only, and these are NVIDIA's.
         unsafe {
@@ -50,7 +51,7 @@ impl Library {
                 Library::Driver => cudarc::driver::sys::is_culib_present(),
                 Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
                 Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
-                Library::Nccl => cudarc::nccl::sys::is_culib_present(),
+                Library::Nccl => true,
             }
         }
     }
@@ -65,27 +66,40 @@ impl Library {
         if loaded.contains(&self) {
             return Ok(());
         }
-        let folders = folders();
-        let open = |path: &Path| {
-            // SAFETY: as in `is_found`. The library stays loaded for the life of the process.
-            unsafe { libloading::Library::new(path) }.map(std::mem::forget).is_ok()
-        };
-        let by_path =
-            || folders.iter().flat_map(|f| self.names().iter().map(|n| f.join(n))).any(|p| p.exists() && open(&p));
-        let by_name = || self.names().iter().any(|n| open(Path::new(n)));
-        // A folder that was named comes first, then what the system finds, then folders that it does not know.
-        let named = std::env::var_os(FOLDER_VARIABLE).is_some();
-        if !(named && by_path() || by_name() || by_path()) || !self.is_found() {
-            let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-            let also = if places.is_empty() { String::new() } else { format!(" and in {}", places.join(", ")) };
-            return Err(Error::Cuda(format!(
-                "{} was not found: {}. Looked where the system's loader looks{also}; {FOLDER_VARIABLE} names another folder",
-                self.names()[0],
-                self.describe(),
-            )));
-        }
+        // The library stays loaded for the life of the process.
+        std::mem::forget(self.find()?);
         loaded.push(self);
         Ok(())
+    }
+
+    /// Finds the library and loads it.
+    ///
+    /// # Errors
+    /// As [`Library::load`].
+    pub(super) fn find(self) -> Result<libloading::Library, Error> {
+        let folders = folders();
+        // SAFETY: as in `is_found`.
+        let open = |path: &Path| unsafe { libloading::Library::new(path) }.ok();
+        let by_path = || {
+            let mut paths = folders.iter().flat_map(|f| self.names().iter().map(move |n| f.join(n)));
+            paths.find_map(|path| path.exists().then(|| open(&path)).flatten())
+        };
+        let by_name = || self.names().iter().find_map(|n| open(Path::new(n)));
+        // A folder that was named comes first, then what the system finds, then folders that it does not know.
+        let named = if std::env::var_os(FOLDER_VARIABLE).is_some() { by_path() } else { None };
+        match named.or_else(by_name).or_else(by_path) {
+            Some(library) if self.is_found() => Ok(library),
+            _ => {
+                let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+                let also = if places.is_empty() { String::new() } else { format!(" and in {}", places.join(", ")) };
+                Err(Error::Cuda(format!(
+                    "{} was not found: {}. Looked where the system's loader looks{also}; {FOLDER_VARIABLE} names \
+                     another folder",
+                    self.names()[0],
+                    self.describe(),
+                )))
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! NVIDIA GPUs: the driver found at run time, memory, copies, and everything that a plan needs to run there.
 //!
-//! All work of a [`Cuda`] goes through one stream, so what is enqueued later sees what was enqueued before. Nothing
-//! waits for the GPU but reads.
+//! All work of a [`Cuda`] goes through one stream, so what is enqueued later sees what was enqueued before; sums over
+//! several GPUs alone run beside it inside of a plan. Nothing waits for the GPU but reads.
 
 pub mod blas;
 mod ceiling;
@@ -10,10 +10,11 @@ pub mod compile;
 mod emulator;
 pub mod launch;
 pub mod library;
+pub mod nccl;
 pub mod replay;
 
 use std::ffi::CStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
@@ -21,6 +22,7 @@ use crate::error::Error;
 use blas::Blas;
 use compile::Kernels;
 use library::Library;
+use nccl::SideStream;
 
 pub use compile::{Program, Variant};
 pub use launch::{Arg, Kernel, Launcher};
@@ -69,6 +71,8 @@ pub struct Cuda {
     properties: Properties,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Made when several GPUs sum for the first time.
+    side: OnceLock<SideStream>,
     kernels: Kernels,
     blas: Blas,
     staging: Mutex<Staging>,
@@ -181,7 +185,8 @@ impl Cuda {
             let kernels = Kernels::new(format!("sm_{}{}", properties.arch.0, properties.arch.1));
             let staging = Mutex::new(Staging { memory: staging.cast(), half: 0, used: 0, done });
             let blas = Blas::new()?;
-            Ok(Cuda { ordinal, properties, context, stream, kernels, blas, staging, fault: Mutex::new(None) })
+            let (side, fault) = (OnceLock::new(), Mutex::new(None));
+            Ok(Cuda { ordinal, properties, context, stream, side, kernels, blas, staging, fault })
         }
     }
 
@@ -198,6 +203,17 @@ impl Cuda {
     /// The stream that all work goes through.
     pub fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// The stream beside it.
+    fn side(&self) -> Result<&SideStream, Error> {
+        match self.side.get() {
+            Some(side) => Ok(side),
+            None => {
+                let side = SideStream::new()?;
+                Ok(self.side.get_or_init(|| side))
+            }
+        }
     }
 
     pub(crate) fn kernels(&self) -> &Kernels {
@@ -356,6 +372,16 @@ impl Cuda {
             ));
             self.note(check("waiting for the GPU", sys::cuStreamSynchronize(self.stream)));
         }
+    }
+
+    /// Enqueues a copy inside of device memory.
+    ///
+    /// # Safety
+    /// Both are device memory of at least `bytes` bytes.
+    pub(crate) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) {
+        self.note(self.bind());
+        // SAFETY: the caller's.
+        self.note(check("copying on the GPU", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) }));
     }
 
     /// Enqueues filling device memory with a byte.

@@ -1,6 +1,6 @@
 //! Running a plan: its kernels are captured into a CUDA graph at the first run with some memory, and replayed later.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -35,20 +35,39 @@ impl Drop for Capture {
 impl Cuda {
     /// Enqueues a run of a plan.
     pub(crate) fn run(&self, plan: &Plan, arena: *mut u8, externals: &[*mut u8]) -> Result<(), Error> {
+        let kept = self.captured(plan, arena, externals)?;
+        let Some(capture) = kept.last() else { return Ok(()) };
+        // SAFETY: the graph is instantiated, and the memory that it uses was checked by the caller.
+        check("running a plan", unsafe { sys::cuGraphLaunch(capture.graph, self.stream()) })
+    }
+
+    /// Captures a run of a plan with this memory, if that was not done yet.
+    pub(crate) fn prepare(&self, plan: &Plan, arena: *mut u8, externals: &[*mut u8]) -> Result<(), Error> {
+        self.captured(plan, arena, externals).map(drop)
+    }
+
+    /// The captured runs of a plan, the one with this memory at the end.
+    fn captured<'a>(
+        &self,
+        plan: &'a Plan,
+        arena: *mut u8,
+        externals: &[*mut u8],
+    ) -> Result<MutexGuard<'a, Vec<Capture>>, Error> {
         self.take_fault()?;
         self.bind()?;
         let addresses: Vec<u64> = externals.iter().chain([&arena]).map(|p| *p as u64).collect();
         let mut kept = plan.captured().0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !kept.iter().any(|c| c.addresses == addresses) {
-            let graph = self.capture(plan, arena, externals)?;
-            if kept.len() == KEPT {
-                kept.remove(0);
+        match kept.iter().position(|c| c.addresses == addresses) {
+            Some(at) => kept[at..].rotate_left(1),
+            None => {
+                let graph = self.capture(plan, arena, externals)?;
+                if kept.len() == KEPT {
+                    kept.remove(0);
+                }
+                kept.push(Capture { addresses, graph });
             }
-            kept.push(Capture { addresses: addresses.clone(), graph });
         }
-        let Some(capture) = kept.iter().find(|c| c.addresses == addresses) else { return Ok(()) };
-        // SAFETY: the graph is instantiated, and the memory that it uses was checked by the caller.
-        check("running a plan", unsafe { sys::cuGraphLaunch(capture.graph, self.stream()) })
+        Ok(kept)
     }
 
     fn capture(&self, plan: &Plan, arena: *mut u8, externals: &[*mut u8]) -> Result<sys::CUgraphExec, Error> {

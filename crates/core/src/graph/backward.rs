@@ -12,6 +12,8 @@ pub enum Recompute {
     /// Keep every activation that a gradient needs: fastest, most memory.
     #[default]
     Nothing,
+    /// Recompute the results of ops that cost little beside their memory ([`super::Op::is_cheap`]).
+    Cheap,
     /// Recompute the first `n` regions (layers) from their inputs; the last ones are used again soonest.
     Regions(usize),
     /// Recompute every region.
@@ -37,10 +39,11 @@ impl Graph {
             self.accumulate(&mut gradients, value, seed)?;
         }
         let regions = match recompute {
-            Recompute::Nothing => Vec::new(),
+            Recompute::Nothing | Recompute::Cheap => Vec::new(),
             Recompute::Regions(n) => self.regions[..n.min(self.regions.len())].to_vec(),
             Recompute::All => self.regions.clone(),
         };
+        let mut again = (recompute == Recompute::Cheap).then(|| Again::new(self));
         let mut end = self.nodes.len();
         while end > 0 {
             let region = regions.iter().find(|r| r.end == end && !r.is_empty());
@@ -54,7 +57,7 @@ impl Graph {
             };
             for (original, node) in nodes.iter().rev() {
                 if has_gradient(node, &gradients) {
-                    self.differentiate(original, node, &needs, &mut gradients)?;
+                    self.differentiate(original, node, &needs, &mut gradients, &mut again)?;
                 }
             }
             end = start;
@@ -79,19 +82,50 @@ impl Graph {
         node: &Node,
         needs: &HashSet<TensorId>,
         gradients: &mut HashMap<TensorId, TensorId>,
+        again: &mut Option<Again>,
     ) -> Result<(), Error> {
         let wanted: Vec<bool> = original.inputs.iter().map(|t| t.is_some_and(|t| needs.contains(&t))).collect();
         if !wanted.contains(&true) {
             return Ok(());
         }
         let d_outputs: Vec<_> = node.outputs.iter().map(|t| t.and_then(|t| gradients.get(&t).copied())).collect();
-        let d_inputs = node.op.backward(self, node, &d_outputs, &wanted)?;
+        let mut reads = node.clone();
+        if let Some(again) = again {
+            reads.inputs.iter_mut().flatten().for_each(|t| *t = self.made_again(*t, again).unwrap_or(*t));
+        }
+        let d_inputs = node.op.backward(self, &reads, &d_outputs, &wanted)?;
         for ((input, gradient), wanted) in node.inputs.iter().zip(d_inputs).zip(wanted) {
             if let (Some(input), Some(gradient), true) = (input, gradient, wanted) {
                 self.accumulate(gradients, *input, gradient)?;
             }
         }
         Ok(())
+    }
+
+    /// A copy of `t` if a cheap op made it, or it is part of such a tensor: that op is appended again, once.
+    fn made_again(&mut self, t: TensorId, again: &mut Again) -> Option<TensorId> {
+        if let Some(&copy) = again.copies.get(&t) {
+            return Some(copy);
+        }
+        let original = again.makers.get(&t)?.clone();
+        let mut copy = original.clone();
+        let mut changed = false;
+        for input in copy.inputs.iter_mut().flatten() {
+            if let Some(made) = self.made_again(*input, again) {
+                *input = made;
+                changed = true;
+            }
+        }
+        let is_split = original.op.is_placement();
+        if is_split && !changed {
+            return None;
+        }
+        let inside: HashSet<TensorId> = again.copies.keys().chain(original.outputs.iter().flatten()).copied().collect();
+        for output in copy.outputs.iter_mut().flatten() {
+            *output = self.copy_tensor(*output, is_split, &inside, &mut again.copies);
+        }
+        self.nodes.push(copy);
+        again.copies.get(&t).copied()
     }
 
     fn accumulate(
@@ -193,6 +227,66 @@ impl Graph {
     }
 }
 
+/// The ops that [`Recompute::Cheap`] computes again, by what they made, and what was made again so far.
+struct Again {
+    makers: HashMap<TensorId, Node>,
+    copies: HashMap<TensorId, TensorId>,
+}
+
+impl Again {
+    fn new(graph: &Graph) -> Again {
+        let mut makers = HashMap::new();
+        for node in &graph.nodes {
+            let is_split = node.op.is_placement() && node.inputs.len() == 1;
+            if is_split || node.op.is_cheap(graph, node) {
+                makers.extend(node.outputs.iter().flatten().map(|&t| (t, node.clone())));
+            }
+        }
+        Again { makers, copies: HashMap::new() }
+    }
+}
+
 fn has_gradient(node: &Node, gradients: &HashMap<TensorId, TensorId>) -> bool {
     node.outputs.iter().flatten().any(|t| gradients.contains_key(t))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::causal_conv1d::{CausalConv1d, causal_conv1d};
+    use crate::ops::layout::split;
+    use crate::ops::linear::linear;
+    use crate::ops::testing::{Case, Value};
+
+    /// Layers of convolution, split and products; the gradients of the weights and the number of convolutions.
+    fn layers(recompute: Recompute) -> (Case, usize) {
+        let (tokens, width) = (64, 12);
+        let mut case = Case::new();
+        let mut x = case.input("x", &Value::random(tokens, width, 1));
+        let segments = case.input("segments", &Value::ints(&[0, 40, 64]));
+        let mut wrt = Vec::new();
+        for layer in 0..4 {
+            let weight = case.input("conv", &Value::random(width, 3, 10 + layer));
+            let out = case.input("out", &Value::random(width, 6, 20 + layer));
+            wrt.extend([weight, out]);
+            let conv = CausalConv1d { x, weight, bias: None, initial_state: None, segments, silu: true };
+            let y = causal_conv1d(&mut case.graph, conv).unwrap().y;
+            let parts = split(&mut case.graph, y, &[6, 6]).unwrap();
+            let sum = crate::ops::elementwise::mul(&mut case.graph, parts[0], parts[1]).unwrap();
+            x = linear(&mut case.graph, sum, out, None).unwrap();
+        }
+        let seed = case.input("seed", &Value::random(tokens, width, 2));
+        for (i, gradient) in case.graph.backward(&[(x, seed)], &wrt, recompute).unwrap().into_iter().enumerate() {
+            case.output(&format!("gradient {i}"), gradient.unwrap());
+        }
+        let convolutions = case.graph.nodes().iter().filter(|n| n.op.name() == "causal_conv1d").count();
+        (case, convolutions)
+    }
+
+    #[test]
+    fn cheap_ops_are_computed_again_with_the_same_bits() {
+        let ((kept, once), (again, twice)) = (layers(Recompute::Nothing), layers(Recompute::Cheap));
+        assert_eq!((once, twice), (4, 8));
+        assert_eq!(kept.run(), again.run());
+    }
 }

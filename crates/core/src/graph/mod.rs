@@ -5,6 +5,7 @@
 //! a depthwise convolution's weight `[channels, width]`, states `[segments, elements]`.
 
 mod backward;
+mod hoist;
 mod io;
 
 pub use backward::Recompute;
@@ -121,6 +122,11 @@ pub trait Op: Debug + Send + Sync {
     /// The number that all elements of the op's output equal, if that is known while recording.
     fn constant(&self) -> Option<f32> {
         None
+    }
+
+    /// Whether computing the op again costs little beside the memory of its result, given inputs that are kept anyway.
+    fn is_cheap(&self, _graph: &Graph, _node: &Node) -> bool {
+        false
     }
 
     /// The input whose value the op adds to its first output, if it can: sums of gradients then need no pass of their own.
@@ -306,9 +312,11 @@ impl Graph {
     /// Placing a final state over the initial state that it replaces is allowed: the plan refuses a graph in which a
     /// later op still reads the old value.
     ///
+    /// Returns the value as it stands in `dest`: what an op reads that comes after the store.
+    ///
     /// # Errors
     /// Another shape or type.
-    pub fn store(&mut self, t: TensorId, dest: TensorId) -> Result<(), Error> {
+    pub fn store(&mut self, t: TensorId, dest: TensorId) -> Result<TensorId, Error> {
         let (a, b) = (self.tensor(t), self.tensor(dest));
         if (a.rows, a.cols, a.dtype) != (b.rows, b.cols, b.dtype) {
             return Err(Error::Shape {
@@ -318,10 +326,10 @@ impl Graph {
                 found: format!("[{}, {}] {}", b.rows, b.cols, b.dtype),
             });
         }
-        if !self.try_place(t, dest, 0) {
-            crate::ops::layout::copy_into(self, t, dest);
+        if self.try_place(t, dest, 0) {
+            return Ok(t);
         }
-        Ok(())
+        Ok(crate::ops::layout::copy_into(self, t, dest))
     }
 
     /// Declares `t` an output named `name` that the caller binds and reads after the run.

@@ -66,14 +66,15 @@ pub fn concat(g: &mut Graph, parts: &[TensorId]) -> Result<TensorId, Error> {
     Ok(whole)
 }
 
-/// Appends a copy of `from` to `to`, a tensor of the same shape and type.
-pub(crate) fn copy_into(g: &mut Graph, from: TensorId, to: TensorId) {
+/// Appends a copy of `from` to `to`, a tensor of the same shape and type; returns the copy.
+pub(crate) fn copy_into(g: &mut Graph, from: TensorId, to: TensorId) -> TensorId {
     // An external destination is named by a view of its own, so that the plan sees a new value of it.
     let to = match g.tensor(to).place {
         Place::External(_) => g.view(to, 0, g.cols(to)),
         _ => to,
     };
     g.push(Copy, vec![Some(from)], vec![Some(to)]);
+    to
 }
 
 #[derive(Debug)]
@@ -181,7 +182,7 @@ impl Op for Copy {
 mod tests {
     use super::*;
     use crate::graph::Recompute;
-    use crate::ops::testing::{Case, Value};
+    use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op_bf16};
 
     #[test]
     fn split_and_concat_move_nothing_and_differentiate() {
@@ -196,20 +197,38 @@ mod tests {
         let grads = case.graph.backward(&[(swapped, d)], &[input], Recompute::Nothing).unwrap();
         case.output("y", swapped);
         case.output("dx", grads[0].unwrap());
-        let out = case.run();
-        for r in 0..5 {
-            for c in 0..6 {
-                let expected = if c < 4 { 2.0 * x.at(r, 3 + c) } else { x.at(r, c - 4) };
-                assert_eq!(out["y"].at(r, c), expected);
+        case.run_everywhere(|_, out| {
+            for r in 0..5 {
+                for c in 0..6 {
+                    let expected = if c < 4 { 2.0 * x.at(r, 3 + c) } else { x.at(r, c - 4) };
+                    assert_eq!(out["y"].at(r, c), expected);
+                }
+                for c in 0..7 {
+                    let expected = match c {
+                        0 | 1 => seed.at(r, 4 + c),
+                        2 => 0.0,
+                        _ => 2.0 * seed.at(r, c - 3),
+                    };
+                    assert_eq!(out["dx"].at(r, c), expected);
+                }
             }
-            for c in 0..7 {
-                let expected = match c {
-                    0 | 1 => seed.at(r, 4 + c),
-                    2 => 0.0,
-                    _ => 2.0 * seed.at(r, c - 3),
-                };
-                assert_eq!(out["dx"].at(r, c), expected);
-            }
+        });
+    }
+
+    #[test]
+    fn parts_in_bf16() {
+        for widths in [[3, 4], [8, 16]] {
+            let x = Value::random(5, widths[0] + widths[1], 1);
+            let build = |g: &mut Graph, t: &[TensorId]| {
+                let parts = split(g, t[0], &widths).unwrap();
+                vec![concat(g, &[parts[1], parts[0], parts[1]]).unwrap()]
+            };
+            let reference = |v: &[Value]| {
+                let at = |r: usize, c: usize| v[0].at(r, if c < widths[1] { c + widths[0] } else { c - widths[1] });
+                let cols = widths[0] + 2 * widths[1];
+                vec![Value::new(5, cols, (0..5 * cols).map(|i| at(i / cols, i % cols)).collect())]
+            };
+            check_op_bf16(&[("x", x)], &["x"], &["x"], build, reference, BF16_BOUNDS);
         }
     }
 
@@ -221,12 +240,13 @@ mod tests {
         let y = elementwise::scale(&mut case.graph, input, 2.0).unwrap();
         let both = concat(&mut case.graph, &[y, y, input]).unwrap();
         case.output("both", both);
-        let out = case.run();
-        for r in 0..3 {
-            for c in 0..6 {
-                let scale = if c < 4 { 2.0 } else { 1.0 };
-                assert_eq!(out["both"].at(r, c), scale * x.at(r, c % 2));
+        case.run_everywhere(|_, out| {
+            for r in 0..3 {
+                for c in 0..6 {
+                    let scale = if c < 4 { 2.0 } else { 1.0 };
+                    assert_eq!(out["both"].at(r, c), scale * x.at(r, c % 2));
+                }
             }
-        }
+        });
     }
 }

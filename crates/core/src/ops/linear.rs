@@ -99,6 +99,11 @@ impl Op for Linear {
         "linear"
     }
 
+    /// A product of low rank (Δ from its projection) reads little and computes little.
+    fn is_cheap(&self, g: &Graph, node: &Node) -> bool {
+        16 * g.cols(node.input(1)) <= g.rows(node.input(1))
+    }
+
     fn backward(
         &self,
         g: &mut Graph,
@@ -234,7 +239,7 @@ fn start(io: &Io<'_>, cpu: &Cpu) -> Start<'static> {
 mod tests {
     use super::*;
     use crate::ops::layout::split;
-    use crate::ops::testing::{Value, check_op};
+    use crate::ops::testing::{BF16_BOUNDS, Value, check_op, check_op_bf16};
 
     /// Error bound of values and gradients against f64, for sums of up to a hundred products.
     const BOUND: (f64, f64) = (2e-6, 4e-6);
@@ -258,8 +263,11 @@ mod tests {
                 [("x", Value::random(t, k, 1)), ("w", Value::random(n, k, 2)), ("bias", Value::random(1, n, 3))];
             let with_bias = |g: &mut Graph, i: &[TensorId]| vec![linear(g, i[0], i[1], Some(i[2])).unwrap()];
             check_op(&inputs, &["x", "w", "bias"], with_bias, reference, BOUND);
+            check_op_bf16(&inputs, &["x", "w"], &["x", "w", "bias"], with_bias, reference, BF16_BOUNDS);
             let without = |g: &mut Graph, i: &[TensorId]| vec![linear(g, i[0], i[1], None).unwrap()];
             check_op(&inputs[..2], &["x", "w"], without, reference, BOUND);
+            let to_f32 = |g: &mut Graph, i: &[TensorId]| vec![linear_to(g, i[0], i[1], None, DType::F32).unwrap()];
+            check_op_bf16(&inputs[..2], &["x", "w"], &[], to_f32, reference, BOUND);
         }
     }
 

@@ -2,6 +2,7 @@
 //! reference and CPU kernels; `docs/adding-an-op.md` says how to add one.
 
 pub mod adamw;
+pub mod all_reduce;
 pub mod causal_conv1d;
 pub mod cross_entropy;
 pub mod dropout;
@@ -26,4 +27,4 @@ mod vectors;
 #[cfg(test)]
 mod example;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

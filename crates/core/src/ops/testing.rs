@@ -51,7 +51,7 @@ impl Value {
 
     /// The same numbers rounded to bf16.
     pub fn to_bf16(&self) -> Value {
-        let data = self.data.iter().map(|&v| bf16::from_f64(v).to_f64()).collect();
+        let data = self.data.iter().map(|&v| bf16::from_f32(v as f32).to_f64()).collect();
         Value { dtype: DType::BF16, ..Value::new(self.rows, self.cols, data) }
     }
 
@@ -75,6 +75,9 @@ pub const CUDA: &str = "cuda";
 /// How much further from the reference results of a GPU may be in f32: its exponentials, logarithms and reciprocals are
 /// those of the special function unit.
 pub const CUDA_SLACK: f64 = 4.0;
+
+/// Bounds of [`check_op_bf16`] where numbers are rounded to bf16, which has 8 bits, once; twice in gradients.
+pub const BF16_BOUNDS: (f64, f64) = (4e-3, 8e-3);
 
 /// Where kernels for GPUs run.
 enum Gpu {
@@ -111,9 +114,21 @@ impl Gpu {
                 case.run_in(cpu, |graph| Plan::for_gpu(graph, gpu), |p, a, b| cpu.emulate(p, gpu, a, b, reversed))
             }),
         };
-        assert_eq!(once, again, "two runs on the GPU differ");
+        assert!(bits(&once) == bits(&again), "two runs on the GPU differ: {once:?}\n{again:?}");
         once
     }
+}
+
+/// Where tests run: every instruction set of the machine and, if the tests were asked to, its GPU.
+pub fn places() -> Vec<String> {
+    let only_gpu = std::env::var("HOGNOSE_TEST_CUDA").is_ok_and(|v| v.ends_with("only"));
+    let levels = Isa::available().into_iter().filter(|_| !only_gpu).map(|isa| isa.to_string());
+    levels.chain(gpu().map(|_| CUDA.to_string())).collect()
+}
+
+/// All bits of some results: a NaN equals itself.
+fn bits(out: &BTreeMap<String, Value>) -> Vec<(&String, Vec<u64>)> {
+    out.iter().map(|(name, v)| (name, v.data.iter().map(|x| x.to_bits()).collect())).collect()
 }
 
 /// Bytes behind a buffer that no kernel may change, and what they are.
@@ -134,8 +149,13 @@ impl Case {
 
     pub fn input(&mut self, name: &str, value: &Value) -> TensorId {
         let t = self.graph.external(name, value.dtype, value.rows, value.cols);
-        self.values.push((t, value.clone()));
+        self.set(t, value);
         t
+    }
+
+    /// Gives an external of the graph its value.
+    pub fn set(&mut self, t: TensorId, value: &Value) {
+        self.values.push((t, value.clone()));
     }
 
     /// A matrix of weights packed into panels, in the value's type.
@@ -160,16 +180,18 @@ impl Case {
         self.run_on(Isa::detect(), 2)
     }
 
-    /// Runs at every instruction set of the machine, and on its GPU if the tests were asked to, and passes the name of
-    /// the place and each result to `check`.
+    /// Runs at all [`places`] and passes the name of each and the result to `check`. On a CPU the number of threads must
+    /// not change a bit.
     pub fn run_everywhere(&self, mut check: impl FnMut(&str, &BTreeMap<String, Value>)) {
-        let only_gpu = std::env::var("HOGNOSE_TEST_CUDA").is_ok_and(|v| v.ends_with("only"));
-        for isa in Isa::available().into_iter().filter(|_| !only_gpu) {
-            let out = self.run_on(isa, 2);
-            assert_eq!(out, self.run_on(isa, 1), "{isa}: the number of threads changes bits");
-            check(&isa.to_string(), &out);
+        for place in places() {
+            if place == CUDA {
+                self.run_on_gpu(|out| check(CUDA, out));
+                continue;
+            }
+            let out = self.run_on(&place, 2);
+            assert_eq!(bits(&out), bits(&self.run_on(&place, 1)), "{place}: the number of threads changes bits");
+            check(&place, &out);
         }
-        self.run_on_gpu(|out| check(CUDA, out));
     }
 
     /// Runs on the GPU, if the tests were asked to and the graph has no matrices in a CPU's layout.
@@ -183,7 +205,7 @@ impl Case {
         }
     }
 
-    /// Runs at the place of this name: a level of instructions, or the GPU.
+    /// Runs at one of the [`places`].
     pub fn run_on(&self, place: impl Display, threads: usize) -> BTreeMap<String, Value> {
         let place = place.to_string();
         if place == CUDA {

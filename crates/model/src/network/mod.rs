@@ -30,7 +30,7 @@ pub const SEGMENTS: &str = "segments";
 pub const TARGETS: &str = "targets";
 /// Name of the external with the loss's scale, f32 `[1, 1]`: one over the number of predicted tokens.
 pub const LOSS_SCALE: &str = "loss_scale";
-/// Name of the external with the seed of dropout, i32 `[1, 2]`.
+/// Name of the external with the seed of dropout and the rows before the first one, i32 `[1, 3]`.
 pub const DROPOUT_SEED: &str = "dropout_seed";
 /// Name of the external with the rows whose logits are wanted, i32 `[1, rows]`.
 pub const ROWS: &str = "rows";
@@ -106,7 +106,7 @@ impl<'a> Recorder<'a> {
     /// Applies dropout with this probability to what each mixer and MLP adds to the residual stream.
     pub fn with_dropout(mut self, probability: f32) -> Self {
         if probability > 0.0 {
-            let seed = self.graph.external(DROPOUT_SEED, DType::I32, 1, 2);
+            let seed = self.graph.external(DROPOUT_SEED, DType::I32, 1, 3);
             self.dropout = Some(Dropout { probability, seed, uses: 0 });
         }
         self
@@ -192,7 +192,7 @@ impl<'a> Recorder<'a> {
 
     fn store_state(&mut self, state: TensorId, dest: Option<TensorId>) -> Result<(), Error> {
         match dest {
-            Some(dest) => self.graph.store(state, dest),
+            Some(dest) => self.graph.store(state, dest).map(drop),
             None => Ok(()),
         }
     }

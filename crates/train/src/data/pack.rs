@@ -1,5 +1,6 @@
 //! Training batches: windows of tokens cut from documents, as segments without padding.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,27 @@ impl Batch {
     /// The number of segments.
     pub fn segments(&self) -> usize {
         self.carried.len()
+    }
+
+    /// The windows `windows` of this batch of windows of `length` tokens. Lanes keep their numbers.
+    pub fn share(&self, windows: Range<usize>, length: usize) -> Batch {
+        let tokens = windows.start * length..windows.end * length;
+        // A window begins with a segment of its own.
+        let place = |token: usize| self.cu_seqlens.partition_point(|&start| (start as usize) < token);
+        let segments = place(tokens.start)..place(tokens.end);
+        let lane = |(lane, segment): (usize, &Option<usize>)| {
+            segment.filter(|_| windows.contains(&lane)).map(|segment| segment - segments.start)
+        };
+        Batch {
+            tokens: self.tokens[tokens.clone()].to_vec(),
+            targets: self.targets[tokens.clone()].to_vec(),
+            cu_seqlens: self.cu_seqlens[segments.start..=segments.end]
+                .iter()
+                .map(|o| o - tokens.start as u32)
+                .collect(),
+            carried: self.carried[segments.clone()].to_vec(),
+            carry_out: self.carry_out.iter().enumerate().map(lane).collect(),
+        }
     }
 
     pub(super) fn with_capacity(tokens: usize) -> Self {

@@ -1,6 +1,9 @@
 //! Kernels run on the CPU, for tests: the system's C++ compiler makes a library of each variant, with `emulator.h` in
 //! the place of what only a GPU has. Slow, but it needs no GPU and finds what a GPU hides: see `emulator.h`.
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -275,7 +278,7 @@ pub(super) fn product(p: &Product) {
         (0..k * n).map(|i| if p.b_transposed { read(&p.b, i % n, i / n) } else { read(&p.b, i / n, i % n) }).collect();
     for i in 0..m {
         let mut sums: Vec<f64> = (0..n)
-            .map(|j| p.bias.map_or(0.0, |b| read(&b, 0, j)) + p.start.map_or(0.0, |s| read(&s, i, j)))
+            .map(|j| p.bias.map_or(0.0, |b| read(&b, 0, j)) + p.start.map_or(0.0, |start| read(&start, i, j)))
             .collect();
         for (l, row) in b.chunks_exact(n.max(1)).enumerate() {
             let factor = a(i, l);

@@ -37,6 +37,16 @@ pub(super) fn norm(io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error
     launcher.launch(kernel("root", 0, false).args([parts.into(), io.output(0).into(), blocks.into()]))
 }
 
+pub(super) fn first_not_finite(io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+    let (x, norm, place) = (io.input(0), io.input(1), io.output(0));
+    launcher.launch(kernel("first_not_finite", 0, false).threads(1024).args([
+        x.into(),
+        norm.into(),
+        Arg::Ptr(place.address()),
+        x.cols.into(),
+    ]))
+}
+
 pub(super) fn step(decayed: &[Range<usize>], io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
     // The outputs are the inputs 0, 2 and 3, updated in place.
     let (params, m, v) = (io.output(0), io.output(1), io.output(2));

@@ -40,6 +40,23 @@ KERNEL __launch_bounds__(256) root(const double* parts, Mat<float> norm, i64 cou
     if (threadIdx.x == 0) norm.data[0] = static_cast<float>(sqrt(sums[0]));
 }
 
+// place = the number of the first element of x that is infinite or NaN, all ones where there is none; looked for only if
+// the norm is. One block: this is for the end of a run that went astray.
+KERNEL __launch_bounds__(1024) first_not_finite(Mat<float> x, Mat<float> norm, u64* place, i64 n) {
+    __shared__ u32 lowest;
+    if (fabsf(norm.data[0]) <= 3.4028234e38f) n = 0;
+    if (threadIdx.x == 0) lowest = 1024;
+    u64 found = ~0ull;
+    for (i64 first = 0; first < n && found == ~0ull; first += 1024) {
+        i64 i = first + threadIdx.x;
+        __syncthreads();
+        if (i < n && !(fabsf(x.data[i]) <= 3.4028234e38f)) atomicMin(&lowest, static_cast<u32>(threadIdx.x));
+        __syncthreads();
+        if (lowest < 1024) found = first + lowest;
+    }
+    if (threadIdx.x == 0) *place = found;
+}
+
 // Starts and ends of the ranges, ascending.
 struct Ranges {
     i64 at[2 * COUNT + 1];

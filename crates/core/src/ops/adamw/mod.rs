@@ -14,11 +14,12 @@
 //!
 //! [`reference::step`] states the order of every rounding; the kernel has the same bits at all levels of instructions.
 //! If the norm is not finite nothing changes: one bad batch must not destroy the moments. The caller sees it in the
-//! norm.
+//! norm, and by [`first_not_finite`] where it came from.
 
 mod cpu;
 mod cuda;
 mod global_norm;
+mod not_finite;
 pub mod reference;
 
 #[cfg(test)]
@@ -27,6 +28,7 @@ mod tests;
 use std::ops::Range;
 
 pub use global_norm::global_norm;
+pub use not_finite::first_not_finite;
 
 use crate::cpu::Cpu;
 use crate::cuda::Launcher;

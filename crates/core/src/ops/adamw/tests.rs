@@ -1,12 +1,8 @@
 use super::reference::{Factors, step};
-use super::{AdamW, Hyper, adamw, global_norm};
-use crate::cpu::isa::Isa;
-use crate::cpu::{Cpu, Pool};
-use crate::device::Slice;
-use crate::ops::testing::Value;
-use crate::{DType, Device, Error, Graph, TensorId};
+use super::{AdamW, Hyper, adamw, first_not_finite, global_norm};
+use crate::ops::testing::{CUDA, Case, Value, places};
+use crate::{DType, Error, Graph, TensorId};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Bound against PyTorch's AdamW in f64, relative to the largest parameter or moment. 1 − 0.95 in f32 alone is off by
 /// 2e-7, which the corrections of the bias make up for in the parameters.
@@ -17,12 +13,24 @@ const NORM_BOUND: f64 = 1e-7;
 /// A graph that computes the norm and makes a step.
 fn step_graph(n: usize, decayed: Vec<Range<usize>>) -> Result<Graph, Error> {
     let mut g = Graph::new();
-    let [params, grads, m, v] = ["params", "grads", "m", "v"].map(|name| g.external(name, DType::F32, 1, n));
-    let hyper = g.external("hyper", DType::F32, 1, super::HYPER_LEN);
-    let norm = global_norm(&mut g, grads)?;
-    adamw(&mut g, AdamW { params, grads, m, v, hyper, norm, decayed, rounded: None })?;
-    g.output("norm", norm)?;
+    record(&mut g, n, decayed, false)?;
     Ok(g)
+}
+
+/// Externals params, grads, m, v, hyper, and with `shadow` the parameters rounded to bf16; then the norm.
+fn record(
+    g: &mut Graph,
+    n: usize,
+    decayed: Vec<Range<usize>>,
+    shadow: bool,
+) -> Result<(Vec<TensorId>, TensorId), Error> {
+    let mut t: Vec<TensorId> = ["params", "grads", "m", "v"].map(|name| g.external(name, DType::F32, 1, n)).to_vec();
+    t.push(g.external("hyper", DType::F32, 1, super::HYPER_LEN));
+    let rounded = shadow.then(|| g.external("rounded", DType::BF16, 1, n));
+    let norm = global_norm(g, t[1])?;
+    adamw(g, AdamW { params: t[0], grads: t[1], m: t[2], v: t[3], hyper: t[4], norm, decayed, rounded })?;
+    t.extend(rounded);
+    Ok((t, norm))
 }
 
 struct State {
@@ -32,28 +40,40 @@ struct State {
     norm: f32,
 }
 
-/// Steps with these gradients and rows of hyperparameters; the state after each.
+/// Steps with these gradients and rows of hyperparameters; the state after each. A GPU also makes the rounded copy of the
+/// parameters.
 fn steps(
-    (isa, threads): (Isa, usize),
+    (place, threads): (&str, usize),
     params: &[f32],
     decayed: &[Range<usize>],
     rows: &[(Vec<f32>, [f32; 8])],
 ) -> Vec<State> {
     let n = params.len();
-    let device = Device::Cpu(Arc::new(Cpu { pool: Pool::new(threads), isa }));
-    let plan = device.plan(step_graph(n, decayed.to_vec()).unwrap()).unwrap();
-    let arena = device.arena(&plan).unwrap();
-    let buffers: Vec<_> = [n, n, n, n, 8, 1].iter().map(|len| device.alloc(4 * len).unwrap()).collect();
-    buffers[0].write(0, params);
-    let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
-    let run = |(grads, hyper): &(Vec<f32>, [f32; 8])| {
-        buffers[1].write(0, grads);
-        buffers[4].write(0, hyper);
-        device.run(&plan, &arena, &bindings).unwrap();
-        let read = |b: usize| buffers[b].to_vec::<f32>(0, n);
-        State { params: read(0), m: read(2), v: read(3), norm: buffers[5].to_vec(0, 1)[0] }
+    let value = |v: &[f32]| Value::new(1, v.len(), v.iter().map(|&x| f64::from(x)).collect());
+    let (mut params, mut m, mut v) = (params.to_vec(), vec![0.0; n], vec![0.0; n]);
+    let step = |(grads, hyper): &(Vec<f32>, [f32; 8])| {
+        let mut case = Case::new();
+        let (t, norm) = record(&mut case.graph, n, decayed.to_vec(), place == CUDA).unwrap();
+        for (&t, v) in t.iter().zip([&params[..], grads, &m, &v, hyper]) {
+            case.set(t, &value(v));
+        }
+        case.output("norm", norm);
+        for (&t, name) in t.iter().zip(["params", "grads", "m", "v", "hyper", "rounded"]) {
+            case.watch(name, t);
+        }
+        let out = case.run_on(place, threads);
+        let read = |name: &str| out[name].data.iter().map(|&x| x as f32).collect::<Vec<f32>>();
+        (params, m, v) = (read("params"), read("m"), read("v"));
+        if let Some(rounded) = out.get("rounded")
+            && out["norm"].data[0].is_finite()
+        {
+            for (i, (&got, &exact)) in rounded.data.iter().zip(&params).enumerate() {
+                assert_eq!(got, half::bf16::from_f32(exact).to_f64(), "the copy of parameter {i}, {exact}");
+            }
+        }
+        State { params: params.clone(), m: m.clone(), v: v.clone(), norm: read("norm")[0] }
     };
-    rows.iter().map(run).collect()
+    rows.iter().map(step).collect()
 }
 
 /// One step of the table: lr, gradients, their norm, the parameters afterwards.
@@ -92,11 +112,11 @@ fn agrees_with_torch_over_five_steps() {
         let error = value(expected.to_vec()).error(&got);
         assert!(error < TORCH_BOUND, "{what} is off by {error:.1e}");
     };
-    for isa in Isa::available() {
-        let states = steps((isa, 1), &TORCH_START, std::slice::from_ref(&(0..4)), &rows);
+    for place in places() {
+        let states = steps((&place, 1), &TORCH_START, std::slice::from_ref(&(0..4)), &rows);
         for (t, (state, expected)) in states.iter().zip(&TORCH).enumerate() {
-            near(&format!("{isa}: the norm of step {t}"), &[expected.2], &[state.norm]);
-            near(&format!("{isa}: the parameters of step {t}"), &expected.3, &state.params);
+            near(&format!("{place}: the norm of step {t}"), &[expected.2], &[state.norm]);
+            near(&format!("{place}: the parameters of step {t}"), &expected.3, &state.params);
         }
         near("m", &TORCH_M, &states[4].m);
         near("v", &TORCH_V, &states[4].v);
@@ -115,8 +135,8 @@ fn has_the_bits_of_the_reference_at_every_level_and_number_of_threads() {
     let hyper = Hyper { lr: 0.01, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.2, max_norm: 0.5 };
     let (params, grads) = (random(n, 1), [random(n, 2), random(n, 3)]);
     let rows: Vec<_> = (1..).zip(&grads).map(|(t, g)| (g.clone(), hyper.row(t))).collect();
-    for (isa, threads) in Isa::available().into_iter().flat_map(|isa| [(isa, 1), (isa, 2)]) {
-        let states = steps((isa, threads), &params, &decayed, &rows);
+    for (place, threads) in places().iter().flat_map(|place| [(place, 1), (place, 2)]) {
+        let states = steps((place, threads), &params, &decayed, &rows);
         let mut expected: Vec<_> = params.iter().map(|&p| (p, 0.0, 0.0)).collect();
         for (state, (grads, row)) in states.iter().zip(&rows) {
             let norm = grads.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
@@ -125,7 +145,24 @@ fn has_the_bits_of_the_reference_at_every_level_and_number_of_threads() {
             for (i, e) in expected.iter_mut().enumerate() {
                 *e = step(&factors, e.0, grads[i], e.1, e.2, decayed.iter().any(|r| r.contains(&i)));
                 let got = (state.params[i], state.m[i], state.v[i]);
-                assert_eq!(got, *e, "{isa}, {threads} threads: parameter {i}");
+                assert_eq!(got, *e, "{place}, {threads} threads: parameter {i}");
+            }
+        }
+    }
+}
+
+/// More ranges than one launch on a GPU is told of, some next to each other inside of four parameters.
+#[test]
+fn hundreds_of_ranges_decay() {
+    let n = 5000;
+    let row = Hyper { lr: 0.1, beta1: 0.0, beta2: 0.0, eps: 1e-8, weight_decay: 0.5, max_norm: 0.0 }.row(1);
+    for every in [2, 3, 12] {
+        let decayed: Vec<_> = (0..400).map(|i| every * i + i % 5..every * i + i % 5 + i % (every - 1) + 1).collect();
+        for place in places() {
+            let state = &steps((&place, 1), &vec![1.0; n], &decayed, &[(vec![0.0; n], row)])[0];
+            for (i, &p) in state.params.iter().enumerate() {
+                let decays = decayed.iter().any(|r| r.contains(&i));
+                assert_eq!(p, if decays { 0.95 } else { 1.0 }, "{place}: every {every}: parameter {i}");
             }
         }
     }
@@ -134,17 +171,19 @@ fn has_the_bits_of_the_reference_at_every_level_and_number_of_threads() {
 #[test]
 fn without_a_largest_norm_gradients_are_not_clipped() {
     let hyper = Hyper { lr: 1.0, beta1: 0.0, beta2: 0.0, eps: 0.0, weight_decay: 0.0, max_norm: 0.0 };
-    let state = &steps((Isa::Portable, 1), &[1.0, 1.0], &[], &[(vec![3e4, -4e4], hyper.row(1))])[0];
-    assert_eq!((&state.m[..], state.norm), (&[3e4, -4e4][..], 5e4));
-    assert_eq!(state.params, [0.0, 2.0]);
+    for place in places() {
+        let state = &steps((&place, 1), &[1.0, 1.0], &[], &[(vec![3e4, -4e4], hyper.row(1))])[0];
+        assert_eq!((&state.m[..], state.norm), (&[3e4, -4e4][..], 5e4));
+        assert_eq!(state.params, [0.0, 2.0]);
+    }
 }
 
 #[test]
 fn a_norm_that_is_not_finite_changes_nothing() {
     let row = Hyper { lr: 0.1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 }.row(1);
-    for bad in [f32::NAN, f32::INFINITY] {
+    for (place, bad) in places().iter().flat_map(|place| [(place, f32::NAN), (place, f32::INFINITY)]) {
         let rows = [(vec![1.0, 2.0], row), (vec![1.0, bad], row)];
-        let states = steps((Isa::detect(), 1), &[1.0, 2.0], std::slice::from_ref(&(0..2)), &rows);
+        let states = steps((place, 1), &[1.0, 2.0], std::slice::from_ref(&(0..2)), &rows);
         assert!(!states[1].norm.is_finite());
         assert_eq!(states[0].params, states[1].params);
         assert_eq!((&states[0].m, &states[0].v), (&states[1].m, &states[1].v));
@@ -155,9 +194,11 @@ fn a_norm_that_is_not_finite_changes_nothing() {
 #[test]
 fn large_gradients_have_a_finite_norm() {
     let row = Hyper { lr: 0.1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 }.row(1);
-    let state = &steps((Isa::detect(), 1), &[1.0, 2.0], &[], &[(vec![3e30, 4e30], row)])[0];
-    assert_eq!(state.norm, 5e30);
-    assert!((state.m[0] - 0.06).abs() < 1e-6, "clipped to norm 1: {}", state.m[0]);
+    for place in places() {
+        let state = &steps((&place, 1), &[1.0, 2.0], &[], &[(vec![3e30, 4e30], row)])[0];
+        assert_eq!(state.norm, 5e30);
+        assert!((state.m[0] - 0.06).abs() < 1e-6, "clipped to norm 1: {}", state.m[0]);
+    }
 }
 
 #[test]
@@ -176,4 +217,22 @@ fn wrong_operands_are_named_errors() {
     };
     assert_eq!(with(inner), "in_place: only external tensors can be updated in place");
     assert_eq!(with(norm), "adamw: the gradients must be [1, 1], but is [1, 4]");
+}
+
+#[test]
+fn the_first_number_that_is_not_finite_is_found() {
+    for (bad, norm, expected) in [
+        (vec![], f64::INFINITY, [-1, -1]),
+        (vec![(4321, f64::NAN)], 1.0, [-1, -1]),
+        (vec![(4999, f64::NAN), (4321, f64::NEG_INFINITY), (4400, f64::NAN)], f64::NAN, [4321, 0]),
+        (vec![(0, f64::INFINITY)], f64::INFINITY, [0, 0]),
+    ] {
+        let mut x = Value::random(1, 5000, 1);
+        bad.iter().for_each(|&(i, v)| x.data[i] = v);
+        let mut case = Case::new();
+        let (x, norm) = (case.input("x", &x), case.input("norm", &Value::new(1, 1, vec![norm])));
+        let place = first_not_finite(&mut case.graph, x, norm).unwrap();
+        case.output("place", place);
+        case.run_everywhere(|at, out| assert_eq!(out["place"].data, expected.map(f64::from), "{at}"));
+    }
 }

@@ -100,6 +100,10 @@ impl Op for Forward {
         NAME
     }
 
+    fn is_cheap(&self, _: &Graph, _: &Node) -> bool {
+        true
+    }
+
     fn backward(
         &self,
         g: &mut Graph,

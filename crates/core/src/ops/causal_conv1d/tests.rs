@@ -1,7 +1,6 @@
 use super::{CausalConv1d, Convolved, causal_conv1d, reference};
-use crate::cpu::isa::Isa;
 use crate::graph::Recompute;
-use crate::ops::testing::{Case, Value, check_op, oracle};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16, oracle, places};
 use crate::{Graph, Pack, TensorId};
 
 /// Bounds of the values and gradients of a convolution, as max|difference| / max|expected|.
@@ -83,6 +82,7 @@ impl Setup {
             vec![convolved.y, convolved.final_state]
         };
         check_op(&inputs, &names, build, |v| self.reference(v), (BOUND, GRADIENT_BOUND));
+        check_op_bf16(&inputs, &["x"], &names, build, |v| self.reference(v), BF16_BOUNDS);
     }
 }
 
@@ -144,6 +144,9 @@ fn agrees_with_the_reference_and_its_differences() {
     for width in [1, 2, 3, 4, 7] {
         Setup::new(&[5, 0, 1, 70, 2, 3], 3, width).check();
     }
+    // Whole accesses, over the runs that a GPU cuts, and one token a segment.
+    Setup::new(&[130, 0, 5, 66], 8, 4).check();
+    Setup::new(&[1, 1, 0, 1], 12, 4).check();
     let full = Setup::new(&[4, 9], 150, 4);
     Setup { bias: false, ..full.clone() }.check();
     Setup { initial_state: false, silu: false, ..full }.check();
@@ -174,17 +177,17 @@ fn any_cut_into_calls_gives_the_same_bits() {
         for initial_state in [true, false] {
             let whole = Setup { initial_state, ..Setup::new(&[length], 21, width) };
             let inputs = whole.inputs();
-            let run = |setup: &Setup, inputs: &[(&str, Value)], isa| {
+            let run = |setup: &Setup, inputs: &[(&str, Value)], place: &str| {
                 let mut case = Case::new();
                 let ids: Vec<_> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
                 let convolved = setup.build(&mut case.graph, &ids);
                 case.output("y", convolved.y);
                 case.output("final_state", convolved.final_state);
-                let mut out = case.run_on(isa, 2);
+                let mut out = case.run_on(place, 2);
                 (out.remove("y").unwrap(), out.remove("final_state").unwrap())
             };
-            for isa in Isa::available() {
-                let (expected, expected_state) = run(&whole, &inputs, isa);
+            for place in places() {
+                let (expected, expected_state) = run(&whole, &inputs, &place);
                 for cuts in [vec![1, 2, 3, 33], vec![32], (1..length).collect()] {
                     let mut state: Option<Value> = inputs.get(4).map(|(_, v)| v.clone());
                     let mut y = Vec::new();
@@ -196,12 +199,12 @@ fn any_cut_into_calls_gives_the_same_bits() {
                         inputs[0].1 = rows(&inputs[0].1, start..end);
                         inputs[2].1 = Value::ints(piece.pack().offsets());
                         inputs.extend(state.take().map(|state| ("initial_state", state)));
-                        let (part, after) = run(&piece, &inputs, isa);
+                        let (part, after) = run(&piece, &inputs, &place);
                         y.extend(part.data);
                         state = Some(after);
                     }
-                    assert_eq!(y, expected.data, "{isa}: width {width}");
-                    assert_eq!(state.as_ref(), Some(&expected_state), "{isa}: width {width}");
+                    assert_eq!(y, expected.data, "{place}: width {width}");
+                    assert_eq!(state.as_ref(), Some(&expected_state), "{place}: width {width}");
                 }
             }
         }
@@ -219,9 +222,10 @@ fn the_final_state_may_replace_the_initial_one() {
     case.output("y", convolved.y);
     case.graph.store(convolved.final_state, ids[4]).unwrap();
     case.watch("state", ids[4]);
-    let out = case.run();
-    assert!(expected[0].error(&out["y"]) <= BOUND);
-    assert_eq!(out["state"], expected[1]);
+    case.run_everywhere(|_, out| {
+        assert!(expected[0].error(&out["y"]) <= BOUND);
+        assert_eq!(out["state"], expected[1]);
+    });
 }
 
 #[test]
@@ -236,9 +240,11 @@ fn rows_outside_all_segments_are_zero() {
     let dx = case.graph.backward(&[(y, dy)], &ids[..1], Recompute::Nothing).unwrap()[0].unwrap();
     case.output("y", y);
     case.output("dx", dx);
-    for value in case.run().values() {
-        assert!(value.data[..35].iter().all(|v| *v != 0.0) && value.data[35..].iter().all(|v| *v == 0.0));
-    }
+    case.run_everywhere(|_, out| {
+        for value in out.values() {
+            assert!(value.data[..35].iter().all(|v| *v != 0.0) && value.data[35..].iter().all(|v| *v == 0.0));
+        }
+    });
 }
 
 #[test]

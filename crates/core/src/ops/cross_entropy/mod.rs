@@ -41,7 +41,8 @@ pub struct CrossEntropy {
     pub h: TensorId,
     /// The output matrix W [V, d].
     pub weight: TensorId,
-    /// The token to predict at each row of h, i32 [1, T]; −1 for none.
+    /// The token to predict at each row of h, i32 [1, T]; −1 for none. Where there is none the row of h may be anything,
+    /// on a GPU anything finite: there its zero gradient is multiplied by it.
     pub targets: TensorId,
     /// What the sum is multiplied by, f32 [1, 1].
     pub scale: TensorId,

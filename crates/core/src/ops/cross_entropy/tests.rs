@@ -2,7 +2,7 @@ use super::{CrossEntropy, cross_entropy, cross_entropy_in_blocks, reference};
 use crate::cpu::isa::Isa;
 use crate::graph::{Graph, Recompute};
 use crate::ops::elementwise;
-use crate::ops::testing::{Case, Value, check_op};
+use crate::ops::testing::{BF16_BOUNDS, CUDA, Case, Value, check_op, check_op_bf16, places};
 use crate::{DType, TensorId};
 
 /// Bound of losses against f64.
@@ -60,6 +60,33 @@ fn loss_and_gradients_agree_with_the_reference_and_finite_differences() {
                 (BOUND, GRADIENT_BOUND),
             );
         }
+    }
+}
+
+/// A GPU takes 256 tokens at a time in tests.
+#[test]
+fn many_tokens() {
+    check_op(
+        &inputs(600, 5, 3, targets(600, 5, true)),
+        &["h", "weight"],
+        |g, t| vec![cross_entropy(g, operands(t, true)).unwrap().loss],
+        |v| vec![loss(v)],
+        (BOUND, GRADIENT_BOUND),
+    );
+}
+
+#[test]
+fn losses_and_gradients_in_bf16() {
+    for (tokens, vocabulary, d) in [(7, 5, 3), (13, 40, 9), (4, 1100, 2), (300, 9, 8)] {
+        let inputs = inputs(tokens, vocabulary, d, targets(tokens, vocabulary, true));
+        let build = |g: &mut Graph, t: &[TensorId]| {
+            let out = cross_entropy(g, operands(t, true)).unwrap();
+            vec![out.loss]
+        };
+        // Logits are rounded, and so are their gradients.
+        check_op_bf16(&inputs, &["h", "weight"], &["h", "weight"], build, |v| vec![loss(v)], (1e-3, 1e-2));
+        let nll_alone = |g: &mut Graph, t: &[TensorId]| vec![cross_entropy(g, operands(t, false)).unwrap().nll];
+        check_op_bf16(&inputs, &["h", "weight"], &[], nll_alone, |v| vec![nll(v)], BF16_BOUNDS);
     }
 }
 
@@ -134,8 +161,8 @@ fn blocks_do_not_change_bits() {
     let (whole, _) = all_outputs(&inputs, 256, Some(1.0));
     for block in [1, 2, 7, 20] {
         let (cut, _) = all_outputs(&inputs, block, Some(1.0));
-        for isa in Isa::available() {
-            assert_eq!(whole.run_on(isa, 2), cut.run_on(isa, 1), "{isa}: block {block}");
+        for place in places() {
+            assert_eq!(whole.run_on(&place, 2), cut.run_on(&place, 1), "{place}: block {block}");
         }
     }
 }
@@ -176,24 +203,26 @@ fn tokens_that_predict_nothing_have_no_loss_and_no_gradient() {
         assert!(out.values().all(|v| v.data.iter().all(|&x| x == 0.0)));
     });
     let mut some = inputs(5, 7, 3, Value::ints(&[-1, 3, -1, -1, 0]));
-    // What is not predicted may be anything.
-    some[0].1.data[..3].fill(f64::NAN);
-    all_outputs(&some, 2, Some(1.0)).0.run_everywhere(|_, out| {
+    for place in places() {
+        // What is not predicted may be anything; on a GPU, where it is multiplied by 0, anything finite.
+        some[0].1.data[..3].fill(if place == CUDA { 1e30 } else { f64::NAN });
+        let out = all_outputs(&some, 2, Some(1.0)).0.run_on(&place, 2);
         assert!(out["dh"].data[..3].iter().all(|&x| x == 0.0));
         assert!(out["dh"].data[6..12].iter().all(|&x| x == 0.0));
         assert!(out.values().all(|v| v.data.iter().all(|x| x.is_finite())));
-    });
+    }
 }
 
 #[test]
 fn targets_outside_of_the_vocabulary_are_nan() {
     for bad in [7, -2, i32::MIN, i32::MAX] {
-        let out = all_outputs(&inputs(3, 7, 3, Value::ints(&[0, bad, 6])), 2, Some(1.0)).0.run();
-        assert!(out["loss"].data[0].is_nan());
-        let nll: Vec<bool> = out["nll"].data.iter().map(|v| v.is_nan()).collect();
-        assert_eq!(nll, [false, true, false]);
-        let dh: Vec<bool> = out["dh"].data.iter().map(|v| v.is_nan()).collect();
-        assert_eq!(dh, [false, false, false, true, true, true, false, false, false]);
+        all_outputs(&inputs(3, 7, 3, Value::ints(&[0, bad, 6])), 2, Some(1.0)).0.run_everywhere(|_, out| {
+            assert!(out["loss"].data[0].is_nan());
+            let nll: Vec<bool> = out["nll"].data.iter().map(|v| v.is_nan()).collect();
+            assert_eq!(nll, [false, true, false]);
+            let dh: Vec<bool> = out["dh"].data.iter().map(|v| v.is_nan()).collect();
+            assert_eq!(dh, [false, false, false, true, true, true, false, false, false]);
+        });
     }
 }
 
@@ -202,9 +231,10 @@ fn large_logits_do_not_overflow() {
     let mut inputs = inputs(2, 3, 1, Value::ints(&[0, 1]));
     inputs[0].1.data = vec![1e4, -1e4];
     inputs[1].1.data = vec![1.0, 0.5, -1.0];
-    let out = all_outputs(&inputs, 2, Some(1.0)).0.run();
-    assert_eq!(out["nll"].data, [0.0, 15_000.0]);
-    assert!(out["dw"].data.iter().all(|v| v.is_finite()));
+    all_outputs(&inputs, 2, Some(1.0)).0.run_everywhere(|_, out| {
+        assert_eq!(out["nll"].data, [0.0, 15_000.0]);
+        assert!(out["dw"].data.iter().all(|v| v.is_finite()));
+    });
 }
 
 #[test]

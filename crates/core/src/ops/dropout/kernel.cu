@@ -21,12 +21,13 @@ KERNEL __launch_bounds__(256) dropout(Mat<T> x, const int* seed, Mat<T> y, i64 r
     i64 row = i / vectors, c = (i - row * vectors) * V;
     u32 key, unused;
     philox(static_cast<u32>(stream), static_cast<u64>(static_cast<u32>(seed[1])) << 32 | static_cast<u32>(seed[0]), key, unused);
+    i64 before = static_cast<u32>(seed[2]);
     float v[V];
     load<V>(v, x.row(row) + c);
 #pragma unroll
     for (int k = 0; k < V; k++) {
         u32 lo, hi;
-        philox(key, static_cast<u64>(row * cols + c + k), lo, hi);
+        philox(key, static_cast<u64>((before + row) * cols + c + k), lo, hi);
         float number = static_cast<float>(hi >> 8) * (1.0f / 16777216.0f);
         v[k] = number >= p ? scale * v[k] : 0.0f;
     }

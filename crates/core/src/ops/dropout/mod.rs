@@ -4,10 +4,11 @@
 //! y[i] = x[i] / (1 − p) where uniform(key, i) ≥ p, else 0
 //! ```
 //!
-//! x, y: [rows, cols] f32, or bf16 on a GPU; i is the element's index in the row-major matrix, whatever its strides; the key is drawn
-//! from `seed` (an i32 tensor [1, 2], new for every step) and `stream` (one a place in the model). Numbers come from
-//! [`crate::rng`], which counts instead of keeping a state: the gradient draws the same mask again and nothing is
-//! stored, and a recomputed layer gets the same mask.
+//! x, y: [rows, cols] f32, or bf16 on a GPU; i is the element's index in the row-major matrix, whatever its strides; the
+//! key is drawn from the first two numbers of `seed` (an i32 tensor [1, 3], new for every step) and `stream` (one a
+//! place in the model). The third number says how many rows of a larger matrix come before x: devices that share a
+//! batch draw the mask of the whole. Numbers come from [`crate::rng`], which counts instead of keeping a state: the
+//! gradient draws the same mask again and nothing is stored, and a recomputed layer gets the same mask.
 
 pub mod reference;
 
@@ -36,11 +37,11 @@ const LANES: usize = 32;
 /// x with elements dropped with probability p in [0, 1). For p = 0 this is x itself.
 ///
 /// # Errors
-/// x holds no floating-point numbers, the seed is not an i32 tensor [1, 2], or p lies outside of [0, 1).
+/// x holds no floating-point numbers, the seed is not an i32 tensor [1, 3], or p lies outside of [0, 1).
 pub fn dropout(g: &mut Graph, x: TensorId, p: f32, seed: TensorId, stream: u32) -> Result<TensorId, Error> {
     g.expect_float("dropout", "x", x)?;
     g.expect_dtype("dropout", "the seed", seed, DType::I32)?;
-    g.expect_shape("dropout", "the seed", seed, Some(1), Some(2))?;
+    g.expect_shape("dropout", "the seed", seed, Some(1), Some(3))?;
     if !(0.0..1.0).contains(&p) {
         return Err(Error::Unsupported { op: "dropout", message: format!("p must lie in [0, 1), but is {p}") });
     }
@@ -51,7 +52,7 @@ pub fn dropout(g: &mut Graph, x: TensorId, p: f32, seed: TensorId, stream: u32) 
 }
 
 /// The key of a mask: a hash of seed and stream.
-fn key(seed: [i32; 2], stream: u32) -> u32 {
+fn key(seed: &[i32], stream: u32) -> u32 {
     rng::philox(stream, u64::from(seed[1] as u32) << 32 | u64::from(seed[0] as u32)) as u32
 }
 
@@ -105,11 +106,11 @@ impl Op for Dropout {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         let (x, y) = (io.input(0), io.output(0));
-        // SAFETY: the builder checked that the seed is two i32; inputs do not change.
+        // SAFETY: the builder checked that the seed is three i32; inputs do not change.
         let seed = unsafe { io.input(1).row::<i32>(0) };
-        let key = key([seed[0], seed[1]], self.stream);
+        let (key, before) = (key(seed, self.stream), seed[2] as u32 as usize);
         cpu.pool.chunks(x.rows, (ELEMENTS_PER_TASK / x.cols.max(1)).max(1), |rows| {
-            cpu.isa.run(Mask { p: self.p, key, x, y, rows });
+            cpu.isa.run(Mask { p: self.p, key, before, x, y, rows });
         });
     }
 }
@@ -118,6 +119,8 @@ impl Op for Dropout {
 struct Mask {
     p: f32,
     key: u32,
+    /// Rows before the first one.
+    before: usize,
     x: Mat,
     y: Mat,
     rows: Range<usize>,
@@ -132,7 +135,7 @@ impl Kernel for Mask {
         for r in self.rows {
             // SAFETY: this task alone writes row r of y; x does not change.
             let (x, y) = unsafe { (self.x.row::<f32>(r), self.y.row_mut::<f32>(r)) };
-            let mut first = (r * x.len()) as u64;
+            let mut first = ((self.before + r) * x.len()) as u64;
             for (x, y) in x.chunks(LANES).zip(y.chunks_mut(LANES)) {
                 let numbers: [f32; LANES] = rng::uniforms(self.key, first);
                 for ((y, x), number) in y.iter_mut().zip(x).zip(numbers) {

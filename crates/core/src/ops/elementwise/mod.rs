@@ -499,7 +499,7 @@ impl Partials {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{Case, Value, check_op};
+    use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
     fn map(values: &[Value], f: impl Fn(f64, f64) -> f64) -> Vec<Value> {
         let b = values.last().unwrap();
@@ -522,13 +522,48 @@ mod tests {
     }
 
     #[test]
+    fn values_and_gradients_in_bf16() {
+        // Rows with a rest, and whole accesses of 8.
+        for cols in [19, 24] {
+            let two = [("a", Value::random(9, cols, 1)), ("b", Value::random(9, cols, 2))];
+            type Build = fn(&mut Graph, &[TensorId]) -> Result<TensorId, Error>;
+            let ops: [(Build, fn(f64, f64) -> f64); 5] = [
+                (|g, t| add(g, t[0], t[1]), |a, b| a + b),
+                (|g, t| mul(g, t[0], t[1]), |a, b| a * b),
+                (|g, t| scale(g, t[0], -3.0), |a, _| -3.0 * a),
+                (|g, t| silu(g, t[0]), |a, _| a / (1.0 + (-a).exp())),
+                (|g, t| cast(g, t[0], DType::F32), |a, _| a),
+            ];
+            for (i, (build, f)) in ops.into_iter().enumerate() {
+                let inputs = if i < 2 { &two[..] } else { &two[..1] };
+                let names: Vec<&str> = inputs.iter().map(|(name, _)| *name).collect();
+                let reference = |v: &[Value]| map(v, f);
+                check_op_bf16(inputs, &names, &names, |g, t| vec![build(g, t).unwrap()], reference, BF16_BOUNDS);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_everywhere() {
+        for dtype in [DType::F32, DType::BF16, DType::I32] {
+            let mut case = Case::new();
+            let t = fill(&mut case.graph, dtype, 5, 7, 3.0).unwrap();
+            case.output("out", t);
+            let check = |out: &std::collections::BTreeMap<String, Value>| assert_eq!(out["out"].data, [3.0; 35]);
+            if dtype == DType::BF16 { case.run_on_gpu(check) } else { case.run_everywhere(|_, out| check(out)) }
+        }
+    }
+
+    #[test]
     fn column_sums_of_many_rows() {
-        let x = Value::random(1000, 5, 3);
+        let x = Value::random(1000, 37, 3);
         let reference = |v: &[Value]| {
             let sum = |c| (0..v[0].rows).map(|r| v[0].at(r, c)).sum();
             vec![Value::new(1, v[0].cols, (0..v[0].cols).map(sum).collect())]
         };
-        check_op(&[("x", x)], &[], |g, t| vec![column_sums(g, t[0]).unwrap()], reference, (1e-5, 0.0));
+        let x = [("x", x)];
+        check_op(&x, &[], |g, t| vec![column_sums(g, t[0]).unwrap()], reference, (1e-5, 0.0));
+        check_op_bf16(&x, &["x"], &[], |g, t| vec![column_sums(g, t[0]).unwrap()], reference, (1e-5, 0.0));
     }
 
     #[test]

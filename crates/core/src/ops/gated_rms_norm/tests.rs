@@ -2,7 +2,7 @@ use super::{gated_rms_norm, reference};
 use crate::TensorId;
 use crate::graph::{Graph, Recompute};
 use crate::ops::layout::{concat, split};
-use crate::ops::testing::{Case, Value, check_op, oracle};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16, oracle};
 
 /// Bounds on max|difference| / max|expected| against f64.
 const BOUND: f64 = 1e-5;
@@ -35,8 +35,26 @@ fn values_and_gradients() {
                 };
                 let reference = |v: &[Value]| expected(v, group, f64::from(0.1f32), norm_first);
                 check_op(inputs, &names, build, reference, (BOUND, GRADIENT_BOUND));
+                check_op_bf16(inputs, &["x", "z"], &names, build, reference, BF16_BOUNDS);
             }
         }
+    }
+}
+
+/// Groups that a GPU spreads over a block of 128 threads and over one of 512.
+#[test]
+fn wide_groups() {
+    for (rows, cols, group) in [(2, 2400, 1200), (1, 4100, 4100)] {
+        let inputs = [
+            ("x", Value::random(rows, cols, 1)),
+            ("z", Value::random(rows, cols, 2)),
+            ("w", Value::random(1, cols, 3)),
+        ];
+        let build =
+            |g: &mut Graph, t: &[TensorId]| vec![gated_rms_norm(g, t[0], t[1], Some(t[2]), group, 0.1, false).unwrap()];
+        let reference = |v: &[Value]| expected(v, group, f64::from(0.1f32), false);
+        check_op(&inputs, &["z", "w"], build, reference, (BOUND, GRADIENT_BOUND));
+        check_op_bf16(&inputs, &["x", "z"], &["x"], build, reference, BF16_BOUNDS);
     }
 }
 

@@ -1,6 +1,6 @@
 use super::{gather_rows, reference};
-use crate::graph::Recompute;
-use crate::ops::testing::{Case, Value, check_op};
+use crate::graph::{Graph, Recompute, TensorId};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
 /// Rows are copied.
 const BOUND: f64 = 0.0;
@@ -18,13 +18,12 @@ fn rows_that_repeat_add_up_in_the_gradient() {
     for (n, d, rows) in
         [(1, 1, vec![0]), (5, 7, vec![4, 0, 4, 4, 2]), (200, 530, vec![199, 3, 64, 65, 3]), (3, 2, vec![])]
     {
-        check_op(
-            &[("x", Value::random(n, d, 1)), ("rows", Value::ints(&rows))],
-            &["x"],
-            |g, t| vec![gather_rows(g, t[0], t[1]).unwrap()],
-            |v| vec![Value::new(rows.len(), d, reference::gather_rows(&v[0].data, d, &ints(&v[1])))],
-            (BOUND, GRADIENT_BOUND),
-        );
+        let inputs = [("x", Value::random(n, d, 1)), ("rows", Value::ints(&rows))];
+        let build = |g: &mut Graph, t: &[TensorId]| vec![gather_rows(g, t[0], t[1]).unwrap()];
+        let reference =
+            |v: &[Value]| vec![Value::new(rows.len(), d, reference::gather_rows(&v[0].data, d, &ints(&v[1])))];
+        check_op(&inputs, &["x"], build, reference, (BOUND, GRADIENT_BOUND));
+        check_op_bf16(&inputs, &["x"], &["x"], build, reference, (BOUND, BF16_BOUNDS.1));
     }
 }
 
@@ -60,10 +59,11 @@ fn rows_that_do_not_exist_are_nan_and_have_no_gradient() {
     let dx = case.graph.backward(&[(y, seed)], &[x], Recompute::Nothing).unwrap()[0].unwrap();
     case.output("y", y);
     case.output("dx", dx);
-    let out = case.run();
-    assert!(out["y"].data[..8].iter().all(|v| v.is_nan()));
-    assert!(out["y"].data[8..].iter().all(|v| !v.is_nan()));
-    assert_eq!(out["dx"].data, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+    case.run_everywhere(|_, out| {
+        assert!(out["y"].data[..8].iter().all(|v| v.is_nan()));
+        assert!(out["y"].data[8..].iter().all(|v| !v.is_nan()));
+        assert_eq!(out["dx"].data, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+    });
 }
 
 #[test]

@@ -1,7 +1,8 @@
-use super::{layer_norm, reference, rms_norm};
-use crate::graph::{Graph, Recompute};
+use super::{layer_norm, reference, rms_norm, rms_norm_to};
+use crate::DType;
+use crate::graph::{Graph, Recompute, TensorId};
 use crate::ops::layout;
-use crate::ops::testing::{Case, Value, check_op};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16, places};
 
 /// Bound of y and s against f64.
 const BOUND: f64 = 1e-6;
@@ -89,6 +90,75 @@ fn layer_norm_agrees_with_the_reference_and_finite_differences() {
     }
 }
 
+/// Rows that a GPU spreads over a block of 128 threads and over one of 512.
+#[test]
+fn wide_rows() {
+    for (rows, cols) in [(3, 1300), (1, 4201)] {
+        let inputs = [
+            ("x", Value::random(rows, cols, 1)),
+            ("residual", Value::random(rows, cols, 2)),
+            ("weight", Value::uniform(1, cols, 0.5, 1.5, 3)),
+            ("bias", Value::random(1, cols, 4)),
+        ];
+        check_op(
+            &inputs,
+            &["x", "weight", "bias"],
+            |g, t| vec![layer_norm(g, t[0], Some(t[1]), t[2], t[3], EPS).unwrap().y],
+            |v| {
+                let [x, residual, weight, bias] = [0, 1, 2, 3].map(|i| &v[i].data[..]);
+                vec![value(&v[0], reference::layer_norm(x, Some(residual), weight, bias, f64::from(EPS)).0)]
+            },
+            (BOUND, GRADIENT_BOUND),
+        );
+    }
+}
+
+#[test]
+fn norms_of_bf16() {
+    let eps = f64::from(EPS);
+    for (rows, cols) in [(3, 4), (70, 9), (5, 48), (2, 149), (2, 1300)] {
+        let inputs = [
+            ("x", Value::random(rows, cols, 1)),
+            ("residual", Value::random(rows, cols, 2)),
+            ("weight", Value::uniform(1, cols, 0.5, 1.5, 3)),
+            ("bias", Value::random(1, cols, 4)),
+        ];
+        // y in bf16, the sum in f32.
+        check_op_bf16(
+            &inputs[..3],
+            &["x"],
+            &["x", "residual", "weight"],
+            |g, t| {
+                let out = rms_norm(g, t[0], Some(t[1]), Some(t[2]), EPS).unwrap();
+                vec![out.y, out.residual]
+            },
+            |v| {
+                let (y, s) = reference::rms_norm(&v[0].data, cols, Some(&v[1].data), Some(&v[2].data), eps);
+                vec![value(&v[0], y), value(&v[0], s)]
+            },
+            BF16_BOUNDS,
+        );
+        check_op_bf16(
+            &inputs,
+            &["x"],
+            &["x", "residual", "weight", "bias"],
+            |g, t| vec![layer_norm(g, t[0], Some(t[1]), t[2], t[3], EPS).unwrap().y],
+            |v| {
+                let [x, residual, weight, bias] = [0, 1, 2, 3].map(|i| &v[i].data[..]);
+                vec![value(&v[0], reference::layer_norm(x, Some(residual), weight, bias, eps).0)]
+            },
+            BF16_BOUNDS,
+        );
+        // The first norm of a model reads f32, that of B, C and Δ reads bf16 and has no residual.
+        let plain = |v: &[Value]| vec![value(&v[0], reference::rms_norm(&v[0].data, cols, None, None, eps).0)];
+        let to_bf16 =
+            |g: &mut Graph, t: &[TensorId]| vec![rms_norm_to(g, t[0], None, None, EPS, DType::BF16).unwrap().y];
+        check_op_bf16(&inputs[..1], &[], &["x"], to_bf16, plain, BF16_BOUNDS);
+        let bf16 = |g: &mut Graph, t: &[TensorId]| vec![rms_norm(g, t[0], None, None, EPS).unwrap().y];
+        check_op_bf16(&inputs[..1], &["x"], &["x"], bf16, plain, BF16_BOUNDS);
+    }
+}
+
 #[test]
 fn columns_of_a_wider_tensor_can_be_normed_apart() {
     let eps = f64::from(EPS);
@@ -124,18 +194,20 @@ fn the_gradient_of_the_sum_alone_passes_through() {
 #[test]
 fn a_row_has_the_same_bits_in_any_pack() {
     let x = Value::random(33, 100, 1);
-    let run = |rows: std::ops::Range<usize>| {
+    let run = |rows: std::ops::Range<usize>, place: &str| {
         let mut case = Case::new();
         let part = Value::new(rows.len(), 100, x.data[rows.start * 100..rows.end * 100].to_vec());
         let t = case.input("x", &part);
         let y = rms_norm(&mut case.graph, t, None, None, EPS).unwrap().y;
         case.output("y", y);
-        case.run()["y"].clone()
+        case.run_on(place, 2)["y"].clone()
     };
-    let whole = run(0..33);
-    for cut in [1, 7, 32] {
-        let parts = [run(0..cut).data, run(cut..33).data].concat();
-        assert_eq!(parts, whole.data);
+    for place in places() {
+        let whole = run(0..33, &place);
+        for cut in [1, 7, 32] {
+            let parts = [run(0..cut, &place).data, run(cut..33, &place).data].concat();
+            assert_eq!(parts, whole.data, "{place}");
+        }
     }
 }
 

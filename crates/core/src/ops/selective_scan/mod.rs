@@ -17,12 +17,14 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 mod decay;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -39,8 +41,8 @@ pub enum Discretisation {
     Zoh,
 }
 
-/// Operands and options of [`selective_scan`]. T tokens, D channels, N states per channel, G groups, S segments;
-/// all but the offsets are f32.
+/// Operands and options of [`selective_scan`]. T tokens, D channels, N states per channel, G groups, S segments. All
+/// but the offsets are f32; on a GPU the activations x, dt, B, C and z may all be bf16, and y is of their type.
 #[derive(Clone, Copy, Debug)]
 pub struct SelectiveScan {
     /// The input `[T, D]`.
@@ -86,11 +88,11 @@ pub struct Scanned {
 /// An operand of another shape or type, or groups that do not divide the channels.
 pub fn selective_scan(g: &mut Graph, scan: SelectiveScan) -> Result<Scanned, Error> {
     let (tokens, channels) = (g.rows(scan.x), g.cols(scan.x));
-    g.expect_dtype(NAME, "x", scan.x, DType::F32)?;
-    g.expect_f32(NAME, "dt", scan.dt, Some(tokens), Some(channels))?;
+    let dtype = g.expect_float(NAME, "x", scan.x)?;
+    g.expect(NAME, "dt", scan.dt, dtype, Some(tokens), Some(channels))?;
     g.expect_f32(NAME, "A", scan.a, Some(channels), None)?;
     let d_state = g.cols(scan.a);
-    g.expect_f32(NAME, "B", scan.b, Some(tokens), None)?;
+    g.expect(NAME, "B", scan.b, dtype, Some(tokens), None)?;
     let columns = g.cols(scan.b);
     let unsupported = |message: String| Error::Unsupported { op: NAME, message };
     if channels == 0 || d_state == 0 || columns == 0 || !columns.is_multiple_of(d_state) {
@@ -105,19 +107,19 @@ pub fn selective_scan(g: &mut Graph, scan: SelectiveScan) -> Result<Scanned, Err
             "the {groups} groups of B ({columns} columns of {d_state} states) must divide the {channels} channels"
         )));
     }
-    g.expect_f32(NAME, "C", scan.c, Some(tokens), Some(columns))?;
+    g.expect(NAME, "C", scan.c, dtype, Some(tokens), Some(columns))?;
     let segments = g.expect_segments(NAME, scan.segments)?;
-    for (what, t, rows, cols) in [
-        ("D", scan.d, 1, channels),
-        ("z", scan.z, tokens, channels),
-        ("dt_bias", scan.dt_bias, 1, channels),
-        ("the initial state", scan.initial_state, segments, d_state * channels),
+    for (what, t, dtype, rows, cols) in [
+        ("D", scan.d, DType::F32, 1, channels),
+        ("z", scan.z, dtype, tokens, channels),
+        ("dt_bias", scan.dt_bias, DType::F32, 1, channels),
+        ("the initial state", scan.initial_state, DType::F32, segments, d_state * channels),
     ] {
         if let Some(t) = t {
-            g.expect_f32(NAME, what, t, Some(rows), Some(cols))?;
+            g.expect(NAME, what, t, dtype, Some(rows), Some(cols))?;
         }
     }
-    let y = g.new_tensor(DType::F32, tokens, channels);
+    let y = g.new_tensor(dtype, tokens, channels);
     let final_state = g.new_tensor(DType::F32, segments, d_state * channels);
     let chunk_states = g.new_tensor(DType::F32, tokens / chunk_len(d_state) + segments, d_state * channels);
     let op = Forward { shape: Shape { d_state, groups }, softplus: scan.softplus, discretisation: scan.discretisation };
@@ -201,7 +203,7 @@ impl Op for Forward {
             // The final state does not depend on C, D and z.
             let flows = dy.is_some() || !matches!(i, C | D | Z);
             if let Some(input) = node.inputs[i].filter(|_| wanted[i] && flows && i != SEGMENTS) {
-                *gradient = Some(g.new_tensor(DType::F32, g.rows(input), g.cols(input)));
+                *gradient = Some(g.new_tensor(g.dtype(input), g.rows(input), g.cols(input)));
             }
         }
         let mut inputs = node.inputs[..Gradient::DY].to_vec();
@@ -222,6 +224,14 @@ impl Op for Forward {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        cuda::workspace(self, g.rows(node.input(X)), g.cols(node.input(X)), g.cols(node.input(SEGMENTS)) - 1, gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
     }
 }
 
@@ -256,5 +266,14 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(self, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, gpu: &Properties) -> usize {
+        let (x, segments) = (node.input(X), g.cols(node.input(SEGMENTS)) - 1);
+        cuda::gradient_workspace(&self.forward, g.rows(x), g.cols(x), segments, gpu)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(self, io, launcher)
     }
 }

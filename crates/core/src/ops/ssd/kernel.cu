@@ -183,9 +183,10 @@ KERNEL __launch_bounds__(THREADS) scan_spans(const int* offsets, const float* de
 
 // Outputs of a span and, if wanted, the state after it. With dy, what the gradient of the gate needs instead: dz, and
 // the gradient of the sum before the gate.
-KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1)
-    walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z, const int* offsets, const float* delta, const float* cum,
-         const float* rest, Mat<float> incoming, Mat<float> outgoing, Mat<T> y, Mat<T> dy, Mat<T> dz, Mat<T> d_sum, Sizes s) {
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z,
+                                                            const int* offsets, const float* delta, const float* cum,
+                                                            const float* rest, Mat<float> incoming, Mat<float> outgoing,
+                                                            Mat<T> y, Mat<T> dy, Mat<T> dz, Mat<T> d_sum, Sizes s) {
     DYNAMIC_SHARED(memory);
     unsigned char* next = memory;
     Tile<Q, PT> values{reinterpret_cast<bf16*>(next)}, weighted{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)};

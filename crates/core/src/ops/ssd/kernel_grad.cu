@@ -53,18 +53,14 @@ DEVICE void store_keys(E* to, i64 stride, const float (&acc)[KeySpread::MT][KeyS
             }
 }
 
-// Sums over the rows of a chunk, a value for each head (or, for D, each channel), in row `slot` of [slots, width].
-struct Parts {
-    float *a, *dt_bias, *d;
-};
-
-// blockIdx.x is the chunk's slot, blockIdx.y the group and, where a group's heads are split, which part of them. The parts'
+// Sums over the rows of the chunk, a value for each head (or, for D per channel, each channel), go to row `slot` of
+// `part_a`, `part_bias` and `part_d`. blockIdx.x is the chunk's slot, blockIdx.y the group and, where a group's heads are split, which part of them. The parts'
 // dB and dC then go to `split_b` and `split_c`: [splits, tokens, G N].
-KERNEL __launch_bounds__(THREADS, 1)
-    gradients(Mat<T> x, Mat<T> b, Mat<T> c, const float* a, const float* d, const int* offsets, const float* delta,
-              const float* cum, const float* rest, const float* slope, const T* chunk_states, const T* chunk_gradients,
-              Mat<T> dy, Mat<T> dx, Mat<T> ddt, Mat<T> db, Mat<T> dc, float* split_b, float* split_c, float* part_a,
-              float* part_bias, float* part_d, int splits, Sizes s) {
+KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, const float* a, const float* d, const int* offsets,
+                                               const float* delta, const float* cum, const float* rest, const float* slope,
+                                               const T* chunk_states, const T* chunk_gradients, Mat<T> dy, Mat<T> dx,
+                                               Mat<T> ddt, Mat<T> db, Mat<T> dc, float* split_b, float* split_c,
+                                               float* part_a, float* part_bias, float* part_d, int splits, Sizes s) {
     DYNAMIC_SHARED(memory);
     unsigned char* next = memory;
     Tile<Q, NP> keys{reinterpret_cast<bf16*>(next)}, queries{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};

@@ -46,6 +46,10 @@ impl Op for Swiglu {
         NAME
     }
 
+    fn is_cheap(&self, _: &Graph, _: &Node) -> bool {
+        true
+    }
+
     fn backward(
         &self,
         g: &mut Graph,
@@ -150,7 +154,7 @@ pub fn reference(x: &[f64]) -> Vec<f64> {
 mod tests {
     use super::*;
     use crate::ops::layout::split;
-    use crate::ops::testing::{Case, Value, check_op};
+    use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
     /// Bounds on max|difference| / max|expected| against f64.
     const BOUND: f64 = 1e-6;
@@ -165,7 +169,9 @@ mod tests {
         for (rows, width) in [(5, 1), (3, 16), (40, 37), (1, 64)] {
             let x = Value::random(rows, 2 * width, 1);
             let build = |g: &mut Graph, t: &[TensorId]| vec![swiglu(g, t[0]).unwrap()];
-            check_op(&[("x", x)], &["x"], build, |v| expected(&v[0]), (BOUND, BOUND));
+            let x = [("x", x)];
+            check_op(&x, &["x"], build, |v| expected(&v[0]), (BOUND, BOUND));
+            check_op_bf16(&x, &["x"], &["x"], build, |v| expected(&v[0]), BF16_BOUNDS);
         }
     }
 

@@ -164,3 +164,29 @@ fn an_empty_store_is_too_short() {
     let empty = Arc::new(store(&[]));
     assert!(Loader::new(empty, Shape { length: 1, batch: 1 }, Mode::Packed, 0).is_err());
 }
+
+#[test]
+fn shares_of_a_batch_are_its_windows() {
+    for mode in [Mode::Packed, Mode::CarryState] {
+        let mut loader = loader(mode, 3, 5);
+        for _ in 0..2 {
+            let batch = loader.next_batch();
+            assert_eq!(batch.share(0..5, 3), batch);
+            let parts = [0..2, 2..3, 3..5].map(|windows| (windows.clone(), batch.share(windows, 3)));
+            let all: Vec<_> = parts.iter().flat_map(|(_, part)| segments(part)).collect();
+            assert_eq!(all, segments(&batch));
+            assert_eq!(parts.iter().map(|(_, part)| part.predicted()).sum::<usize>(), batch.predicted());
+            for (windows, part) in parts {
+                check(&part, Shape { length: 3, batch: windows.len() });
+                assert_eq!(part.carry_out.len(), batch.carry_out.len());
+                for (lane, segment) in part.carry_out.iter().enumerate() {
+                    assert_eq!(segment.is_some(), windows.contains(&lane));
+                    // A lane's last segment ends where its window does.
+                    let end = segment.map(|s| part.cu_seqlens[s + 1] as usize);
+                    assert!(end.is_none_or(|end| end == 3 * (lane - windows.start + 1)));
+                }
+                assert!(part.carried.iter().flatten().all(|lane| windows.contains(lane)));
+            }
+        }
+    }
+}
