@@ -9,7 +9,7 @@
 
 #define THREADS 512
 // Loads that a thread has under way.
-#define BATCH 8
+#define BATCH 6
 #define ONE 2147483648.0f
 // Where thresholds are found, digits of 8 bits.
 #define BINS 256
