@@ -177,23 +177,6 @@ impl Buffer {
         }
     }
 
-    /// Copies the contents of a buffer of the same size on the same device; enqueued on a GPU. Panics if sizes or devices
-    /// differ.
-    pub fn copy_from(&self, from: &Buffer) {
-        assert_eq!(self.bytes, from.bytes, "a copy between buffers of different sizes");
-        match (&self.cuda, &from.cuda) {
-            // SAFETY: two buffers of this size never overlap, and nobody else uses them now.
-            (Some(cuda), Some(other)) if Arc::ptr_eq(cuda, other) => unsafe {
-                cuda.copy(from.address(), self.address(), self.bytes);
-            },
-            // SAFETY: as above.
-            (None, None) => unsafe {
-                std::ptr::copy_nonoverlapping(from.ptr.as_ptr(), self.ptr.as_ptr(), self.bytes);
-            },
-            _ => panic!("a copy between buffers of different devices"),
-        }
-    }
-
     /// Number `index` of a mailbox, which a kernel may be writing now.
     pub fn peek(&self, index: usize) -> i32 {
         assert!(self.mapped && 4 * index + 4 <= self.bytes, "number {index} of a mailbox");

@@ -5,11 +5,11 @@
 //! set aside before and takes the steps up to the last one that was read again, which gives the same bits.
 
 use hognose_core::ops::sample::{self, Options};
-use hognose_core::{Buffer, Pack, Slice};
+use hognose_core::{Buffer, Device, Pack, Slice};
 
 use crate::error::Error;
 use crate::network::{IDS, MAILBOX_STEPS, OPTIONS, PROGRESS, SEEN, SEGMENTS, SLOTS, has_step};
-use crate::session::{Kind, Session, Shape, Source};
+use crate::session::{Kind, Model, Session, Shape, Source};
 
 /// Steps after which states are set aside, at most: what may have to be taken again.
 const SET_ASIDE: usize = 64;
@@ -48,9 +48,11 @@ pub struct Steps<'s, 'm> {
 }
 
 impl<'m> Session<'m> {
-    /// Whether `sequences` can go on on the device.
+    /// Whether `sequences` can go on on the device: on a GPU few of them, or as many as there are slots.
     pub fn has_steps(&self, sequences: usize) -> bool {
-        has_step(&self.model.config, self.model.weights.form(), sequences)
+        let Model { config, weights, device } = self.model;
+        let fused = has_step(config, weights.form(), sequences);
+        matches!(device, Device::Cuda(_)) && sequences > 0 && (fused || sequences == self.pool.slots())
     }
 
     /// Begins steps of some slots. With `exact`, [`Steps::finish`] leaves the states as they are after the last id that
@@ -121,7 +123,8 @@ impl Steps<'_, '_> {
                 if self.launched > self.read {
                     return Ok(());
                 }
-                aside.copy_from(self.session.pool.buffer());
+                let states = self.session.pool.buffer();
+                aside.copy_from(0, states.slice(), states.bytes());
                 self.taken.drain(..self.taken.len() - 1);
             }
             let Session { model, pool, arena, .. } = &*self.session;
@@ -188,7 +191,7 @@ impl Steps<'_, '_> {
             session.positions[slot] += read as u64;
         }
         let (Some(aside), true) = (aside, launched > read) else { return Ok(()) };
-        session.pool.buffer().copy_from(&aside);
+        session.pool.buffer().copy_from(0, aside.slice(), aside.bytes());
         // One sequence at a time would be other shapes: only all slots together are taken again.
         let pack = Pack::from_lengths(slots.iter().map(|_| 1))?;
         let rows: Vec<usize> = (0..slots.len()).collect();

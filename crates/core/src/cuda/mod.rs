@@ -284,17 +284,6 @@ impl Cuda {
         }
     }
 
-    /// Enqueues a copy from device memory to device memory.
-    ///
-    /// # Safety
-    /// Both are device memory of at least `bytes` bytes and do not overlap.
-    pub(crate) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) {
-        self.note(self.bind());
-        // SAFETY: the caller's.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) };
-        self.note(check("copying on the GPU", result));
-    }
-
     /// Whether everything that was enqueued is done.
     ///
     /// # Errors

@@ -9,13 +9,11 @@ use hognose_core::ops::elementwise::{mul, silu};
 use hognose_core::ops::embedding::embedding;
 use hognose_core::ops::gated_rms_norm::gated_rms_norm;
 use hognose_core::ops::layout::{concat, split};
-use hognose_core::ops::linear::linear_to;
-use hognose_core::ops::norm::rms_norm_to;
 use hognose_core::ops::sample::{self, Sample};
 use hognose_core::ops::scan_step::{self, ScanStep, scan_step};
 use hognose_core::ops::ssd_step::{self, Gate, SsdStep, ssd_step};
 use hognose_core::ops::step_linear::{
-    Conv, MOST_TOKENS, Residual, RowScale, StepLinear, step_linear, step_linear_conv, step_linear_residual,
+    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, step_linear, step_linear_conv, step_linear_residual,
 };
 use hognose_core::ops::swiglu::swiglu;
 use hognose_core::{DType, Error, TensorId};
@@ -24,9 +22,6 @@ use super::{IDS, MAILBOX, MAILBOX_STEPS, OPTIONS, PROGRESS, Recorder, SEEN, SLOT
 use crate::config::{LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig, NormKind};
 use crate::state::LayerState;
 use crate::weights::Form;
-
-/// Tokens up to which logits come from the product of a step; more tokens than that are read too often.
-const MOST_LOGITS: usize = 16;
 
 /// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16, for RMSNorm and for widths in eights.
 pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
@@ -45,6 +40,14 @@ pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
         && config.layers.iter().all(fits)
 }
 
+/// An op of a layer's mixer.
+#[derive(Clone, Copy)]
+enum Place {
+    InProj,
+    XProj,
+    Step,
+}
+
 /// What a block reads: rows that are normalised, or lack a factor a row, and the residual stream.
 #[derive(Clone, Copy)]
 struct Input {
@@ -54,12 +57,20 @@ struct Input {
 }
 
 impl Recorder<'_> {
-    /// One token of each of `tokens` sequences, and the choice of the next, which takes its place.
+    /// One token of each of `tokens` sequences, and the choice of the next, which takes its place. Without a graph of
+    /// its own, a step is a pack of segments of one token, and every slot must have one.
     ///
     /// # Errors
     /// As [`Recorder::step_logits`].
     pub fn step_choice(&mut self, penalty: bool) -> Result<(), Error> {
-        let (ids, logits) = self.step()?;
+        let (ids, logits) = if has_step(self.config, self.form, self.tokens) {
+            self.step()?
+        } else {
+            let hidden = self.hidden()?;
+            let ids = self.graph.externals().iter().find(|e| e.name == IDS).map(|e| e.tensor);
+            let missing = || Error::Plan("a step without ids".into());
+            (ids.ok_or_else(missing)?, self.logits(hidden)?)
+        };
         let rows = self.tokens;
         let words = self.config.padded_vocab.div_ceil(32);
         let mut external = |name, rows, cols| self.graph.external(name, DType::I32, rows, cols);
@@ -117,19 +128,34 @@ impl Recorder<'_> {
             }
         }
         let weight = self.output_matrix();
-        if self.tokens <= MOST_LOGITS {
-            let product = StepLinear::new(input.x, weight, None);
-            let product = StepLinear { scale: input.scale, dtype: DType::F32, ..product };
-            return Ok((ids, step_linear(&mut self.graph, product)?));
-        }
-        let norm = self.param("backbone.norm_f.weight");
-        let hidden = rms_norm_to(&mut self.graph, input.stream, None, Some(norm), config.norm_eps, DType::BF16)?.y;
-        Ok((ids, linear_to(&mut self.graph, hidden, weight, None, DType::F32)?))
+        let product = StepLinear::new(input.x, weight, None);
+        let product = StepLinear { scale: input.scale, dtype: DType::F32, ..product };
+        Ok((ids, step_linear(&mut self.graph, product)?))
     }
 
     /// Which states the tokens continue, where there are more sequences than tokens.
     fn step_slots(&mut self) -> Option<TensorId> {
         (self.tokens != self.segment_count).then(|| self.graph.external(SLOTS, DType::I32, 1, self.tokens))
+    }
+
+    /// The weight of a later op that the ops of a layer start to move into the cache: with small matrices one about three
+    /// ops ahead; with large ones what the small ops between two large ones have time for.
+    fn ahead(&mut self, layer: usize, from: Place) -> Option<TensorId> {
+        let config = self.config;
+        let mamba1 = |i: usize| matches!(config.layers[i].mixer, Mixer::Mamba1(_));
+        let small = 4 * config.d_model * config.layers[layer].mixer.d_inner() <= MOST_AHEAD;
+        let next = layer + 1 < config.layers.len();
+        let name = |i: usize, part: &str| format!("backbone.layers.{i}.mixer.{part}.weight");
+        match from {
+            Place::InProj if small || !mamba1(layer) => Some(self.param(&name(layer, "out_proj"))),
+            Place::InProj => Some(self.param(&name(layer, "x_proj"))),
+            Place::XProj if !small => Some(self.param(&name(layer, "out_proj"))),
+            Place::Step if small && mamba1(layer) => {
+                if next && mamba1(layer + 1) { Some(self.param(&name(layer + 1, "x_proj"))) } else { None }
+            }
+            Place::XProj | Place::Step if next => Some(self.param(&name(layer + 1, "in_proj"))),
+            Place::XProj | Place::Step => Some(self.output_matrix()),
+        }
     }
 
     fn step_product(&mut self, input: Input, name: &str) -> StepLinear {
@@ -167,7 +193,8 @@ impl Recorder<'_> {
         let weight = self.param(&format!("{name}.mixer.conv1d.weight"));
         let bias = self.optional_param(&format!("{name}.mixer.conv1d.bias"));
         let state = self.step_state(layer, "conv", width);
-        step_linear_conv(&mut self.graph, StepLinear { slots, ..product }, Conv { first, weight, bias, state })
+        let ahead = self.ahead(layer, Place::InProj);
+        step_linear_conv(&mut self.graph, StepLinear { slots, ahead, ..product }, Conv { first, weight, bias, state })
     }
 
     fn step_state(&mut self, layer: usize, part: &str, width: usize) -> TensorId {
@@ -187,7 +214,7 @@ impl Recorder<'_> {
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
         let (x, z) = (parts[0], parts[1]);
         let weight = self.param(&format!("{name}.mixer.x_proj.weight"));
-        let product = StepLinear { dtype: DType::F32, ..StepLinear::new(x, weight, None) };
+        let product = StepLinear { dtype: DType::F32, ahead: self.ahead(layer, Place::XProj), ..StepLinear::new(x, weight, None) };
         let dt_b_c = step_linear(&mut self.graph, product)?;
         let step = ScanStep {
             x,
@@ -200,6 +227,7 @@ impl Recorder<'_> {
             d: Some(self.param(&format!("{name}.mixer.D"))),
             state: self.step_state(layer, "ssm", widths.ssm),
             slots,
+            ahead: self.ahead(layer, Place::Step),
         };
         scan_step(&mut self.graph, step)
     }
@@ -240,6 +268,7 @@ impl Recorder<'_> {
             gate,
             state: self.step_state(layer, "ssm", widths.ssm),
             slots,
+            ahead: self.ahead(layer, Place::Step),
         };
         let (mut y, squares) = ssd_step(&mut self.graph, step)?;
         if let Some(squares) = squares {

@@ -433,6 +433,7 @@ EMULATED void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
 
 EMULATED void wait_for_previous() {}
 EMULATED void let_next_start() {}
+EMULATED void prefetch_l2(const void*, u32) {}
 
 // --- what CUDA C++ has built in ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 // The product of a few tokens with a matrix of weights, and what surrounds it in a step of generation.
 //
-// Reading the weights bounds it: every weight is read once (once per TOKENS tokens), and nothing else may be waited for
+// Reading the weights bounds it: every weight is read once, and nothing else may be waited for
 // meanwhile. A block multiplies ROWS rows of the weight with TOKENS tokens; its warps share the columns, in steps of 32.
 // Rows of the weight are the rows of the tensor cores' first operand, tokens the columns of the second. A thread takes
 // the same 8 consecutive columns of a weight row and of a token: which column is which k of a product does not matter
@@ -13,22 +13,21 @@
 // With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
 // columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
 //
-// Macros: TO type of the result; K columns; WARPS; M row tiles of 16; NT token tiles of 8; STAGES of the ring; SCALE 0 or
+// Macros: TO type of the result; K columns; WARPS; NT token tiles of 8, 1 or 2; STAGES of the ring; SCALE 0 or
 // 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
 
 #define THREADS (WARPS * WARP)
-#define ROWS (16 * M)
+#define ROWS 16
 #define TOKENS (8 * NT)
 // Steps over the columns, and those of a warp.
 #define STEPS ((K + 31) / 32)
 #define MINE ((STEPS + WARPS - 1) / WARPS)
 // Steps whose tokens are under way together.
-#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : NT == 2 ? 4 : 2)
+#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : 4)
 // Chains of sums: a single one would be as long as all its products take one after another.
 #define CHAINS (NT == 1 ? 2 : 1)
-// Results a thread, and whether what they meet fits into registers meanwhile.
+// Results a thread.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
-#define EARLY (EACH <= 2)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
 
@@ -39,42 +38,42 @@
 KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
-                int tokens, int rows) {
+                int tokens, int rows, const void* ahead, i64 ahead_bytes) {
     DYNAMIC_SHARED(bytes);
-    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2 M][THREADS]
+    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
 #if SCALE
     __shared__ float scale[TOKENS];
 #endif
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * TOKENS;
+    int row0 = blockIdx.x * ROWS;
     int column = warp * 32 + lane % 4 * 8;
     auto there = [&](int i) { return STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS; };
     // Behind the last column tokens are taken as zero, so the weight may be any.
     auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
-    const bf16* from[2 * M];
+    const bf16* from[2];
 #pragma unroll
-    for (int m = 0; m < 2 * M; m++) {
+    for (int m = 0; m < 2; m++) {
         int row = row0 + 8 * m + lane / 4;
         from[m] = weight.row(row < rows ? row : rows - 1) + column;
     }
     auto fetch = [&](int i) {
         if (!there(i)) return;
-        u32x4* to = ring + i % STAGES * 2 * M * THREADS + threadIdx.x;
+        u32x4* to = ring + i % STAGES * 2 * THREADS + threadIdx.x;
         int offset = behind(i) ? -column : i * WARPS * 32;
 #pragma unroll
-        for (int m = 0; m < 2 * M; m++) copy_async16(to + m * THREADS, from[m] + offset);
+        for (int m = 0; m < 2; m++) copy_async16(to + m * THREADS, from[m] + offset);
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
         fetch(i);
         copy_async_commit();
     }
-    // What the results meet, as far as nothing in this step writes it. With many results a thread it is read late.
+    // What the results meet, as far as nothing in this step writes it.
     float shift[EACH], window[EACH][W], taps[EACH][W];
     auto load_constants = [&](int e) {
-        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
         if (at >= ROWS * TOKENS || row >= rows || token >= tokens) return;
         shift[e] = bias.present() ? bias.data[row] : 0.0f;
 #if EPILOGUE == 1
@@ -90,16 +89,15 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
         taps[e][0] = next_weight.data[row];
 #endif
     };
-    if constexpr (EARLY) {
 #pragma unroll
-        for (int e = 0; e < EACH; e++) load_constants(e);
-    }
+    for (int e = 0; e < EACH; e++) load_constants(e);
     int offsets[NT];
 #pragma unroll
     for (int j = 0; j < NT; j++) {
-        int token = token0 + 8 * j + lane / 4;
+        int token = 8 * j + lane / 4;
         offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
     }
+    prefetch_part(ahead, ahead_bytes);
     wait_for_previous();
 
     u32x4 b[AHEAD][NT];
@@ -115,40 +113,35 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     for (int i = 0; i < AHEAD; i++) load_tokens(i);
 #if EPILOGUE == 2
     float before[EACH];
-    if constexpr (EARLY) {
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
-            if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
-        }
+    for (int e = 0; e < EACH; e++) {
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
+        if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
     }
 #endif
 #if SCALE
-    for (int j = WARPS - 1 - warp; j < TOKENS && token0 + j < tokens; j += WARPS) {
+    for (int j = WARPS - 1 - warp; j < TOKENS && j < tokens; j += WARPS) {
         float sum = 0.0f;
-        for (int p = lane; p < parts; p += WARP) sum += squares.row(token0 + j)[p];
+        for (int p = lane; p < parts; p += WARP) sum += squares.row(j)[p];
         sum = warp_sum(sum);
         if (lane == 0) scale[j] = 1.0f / sqrtf(sum / width + eps);
     }
 #endif
-    float d[CHAINS][M][NT][4] = {};
+    float d[CHAINS][NT][4] = {};
     constexpr int unroll = MINE <= 8 ? MINE : AHEAD;
 #pragma unroll unroll
     for (int i = 0; i < MINE; i++) {
         if (!there(i)) break;
         copy_async_wait<STAGES - 1>();
-        u32x4* at = ring + i % STAGES * 2 * M * THREADS + threadIdx.x;
+        u32x4* at = ring + i % STAGES * 2 * THREADS + threadIdx.x;
+        u32x4 upper = at[0], lower = at[THREADS];
+        u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-            u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
-            u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-                u32x4 v = b[i % AHEAD][j];
-                u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
-                mma_bf16(d[0][m][j], a0, b0);
-                mma_bf16(d[CHAINS - 1][m][j], a1, b1);
-            }
+        for (int j = 0; j < NT; j++) {
+            u32x4 v = b[i % AHEAD][j];
+            u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+            mma_bf16(d[0][j], a0, b0);
+            mma_bf16(d[CHAINS - 1][j], a1, b1);
         }
         if (i + STAGES < MINE) fetch(i + STAGES);
         copy_async_commit();
@@ -159,26 +152,23 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
 #pragma unroll
     for (int j = 0; j < NT; j++) {
         int token = 8 * j + lane % 4 * 2;
-        if (token0 + token >= tokens) break;
+        if (token >= tokens) break;
         float* to = sums + (warp * TOKENS + token) * PITCH + lane / 4;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float v = d[0][m][j][i];
-                if (CHAINS > 1) v += d[CHAINS - 1][m][j][i];
-                to[i % 2 * PITCH + 16 * m + i / 2 * 8] = v;
-            }
+        for (int i = 0; i < 4; i++) {
+            float v = d[0][j][i];
+            if (CHAINS > 1) v += d[CHAINS - 1][j][i];
+            to[i % 2 * PITCH + i / 2 * 8] = v;
+        }
     }
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
-        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = token0 + at / ROWS;
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
         if (at >= ROWS * TOKENS) break;  // whole warps
         bool inside = row < rows && token < tokens;
         float v = 0.0f;
         if (inside) {
-            if constexpr (!EARLY) load_constants(e);
 #pragma unroll
             for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + at / ROWS) * PITCH + at % ROWS];
 #if SCALE
@@ -209,14 +199,14 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
 #if EPILOGUE == 2
         float s = 0.0f;
         if (inside) {
-            s = (EARLY ? before[e] : residual.row(token)[row]) + v;
+            s = before[e] + v;
             stream.row(token)[row] = s;
             v = s * taps[e][0];
         }
         // The lanes of a token's rows are neighbours.
         float square = s * s;
 #pragma unroll
-        for (int o = (ROWS < WARP ? ROWS : WARP) / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
+        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
         if (at % ROWS == 0 && token < tokens) squares_out.row(token)[blockIdx.x] = square;
 #endif
         if (inside) set(out.row(token)[row], v);

@@ -16,7 +16,7 @@
 mod tests;
 
 use crate::cpu::Cpu;
-use crate::cuda::{Arg, Kernel, Launcher, Program, Properties};
+use crate::cuda::{Arg, Kernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
@@ -25,9 +25,16 @@ const NAME: &str = "step_linear";
 
 static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu") };
 
-/// Tokens up to which this is used: beyond, a product that reads its tokens from shared memory is faster.
-pub const MOST_TOKENS: usize = 128;
+/// Tokens up to which this is used: beyond, the library's products, which read tokens once a block of many rows, are
+/// faster.
+pub const MOST_TOKENS: usize = 16;
 
+/// Bytes of a later op's weight that are moved into the cache: much less than the cache holds, and as much as comes
+/// from memory while small kernels run.
+pub const MOST_AHEAD: usize = 8 << 20;
+
+/// Rows of the weight of a block.
+const ROWS: usize = 16;
 /// Bytes of the ring of copies of a block, at most.
 const RING: usize = 64 << 10;
 
@@ -77,6 +84,8 @@ pub struct StepLinear {
     pub scale: Option<RowScale>,
     /// The row of states that each token continues, i32 `[1, T]`; token t continues row t without it.
     pub slots: Option<TensorId>,
+    /// A weight that a later op reads: its first [`MOST_AHEAD`] bytes start moving into the cache.
+    pub ahead: Option<TensorId>,
     /// Type of the result.
     pub dtype: DType,
 }
@@ -84,7 +93,7 @@ pub struct StepLinear {
 impl StepLinear {
     /// A mere product, in the type of x.
     pub fn new(x: TensorId, weight: TensorId, bias: Option<TensorId>) -> StepLinear {
-        StepLinear { x, weight, bias, scale: None, slots: None, dtype: DType::BF16 }
+        StepLinear { x, weight, bias, scale: None, slots: None, ahead: None, dtype: DType::BF16 }
     }
 }
 
@@ -168,22 +177,19 @@ fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Res
     if let Some(r) = residual {
         g.expect_f32(NAME, "the residual", r.residual, Some(tokens), Some(n))?;
         g.expect_f32(NAME, "the weight of the norm", r.norm_weight, Some(1), Some(n))?;
-        inputs.extend([Some(r.residual), Some(r.norm_weight)]);
+        inputs.extend([Some(r.residual), Some(r.norm_weight), p.ahead]);
         made.stream = g.new_tensor(DType::F32, tokens, n);
-        made.squares = g.new_tensor(DType::F32, tokens, n.div_ceil(16 * row_tiles(tokens)));
+        made.squares = g.new_tensor(DType::F32, tokens, n.div_ceil(ROWS));
         outputs[2] = Some(made.stream);
         outputs[3] = Some(made.squares);
+    } else {
+        inputs.extend([None, None, p.ahead]);
     }
     g.push(op, inputs, outputs);
     Ok(made)
 }
 
-/// Tiles of 16 rows of a block: with many tokens two, since each block reads all tokens.
-fn row_tiles(tokens: usize) -> usize {
-    if tokens > 16 { 2 } else { 1 }
-}
-
-/// Inputs x, weight, bias?, squares?, slots?, convolution's weight?, bias? and windows?, residual?, norm weight?; outputs
+/// Inputs x, weight, bias?, squares?, slots?, convolution's weight?, bias? and windows?, residual?, norm weight?, ahead?; outputs
 /// out, windows?, stream?, squares?.
 #[derive(Clone, Copy, Debug)]
 struct Product {
@@ -215,7 +221,7 @@ impl Op for Product {
             let message = "x and the weight must have rows that are aligned to 16 bytes".into();
             return Err(Error::Unsupported { op: NAME, message });
         }
-        let shape = Shape::new(x.rows, weight.rows, weight.cols, launcher.properties());
+        let shape = Shape::new(x.rows, weight.rows, weight.cols);
         let (epilogue, taps) = match (self.conv, self.residual) {
             (Some((_, _, width)), _) => (1, width),
             (None, residual) => (if residual { 2 } else { 0 }, 1),
@@ -228,13 +234,12 @@ impl Op for Product {
             .define_type("TO", out.dtype)
             .define("K", weight.cols)
             .define("WARPS", shape.warps)
-            .define("M", shape.row_tiles)
             .define("NT", shape.token_tiles)
             .define("STAGES", shape.stages)
             .define("SCALE", i32::from(self.scale.is_some()))
             .define("EPILOGUE", epilogue)
             .define("W", taps)
-            .grid(shape.grid[0], shape.grid[1], 1)
+            .grid(shape.blocks, 1, 1)
             .threads(32 * shape.warps as u32)
             .shared(shape.shared())
             .overlapping()
@@ -244,40 +249,38 @@ impl Op for Product {
             .args([Arg::Ptr(slots), (first as i32).into(), (channels as i32).into()])
             .args([io.optional_input(8).into(), io.optional_input(9).into()])
             .args([io.optional_output(2).into(), io.optional_output(3).into(), (parts as i32).into()])
-            .args([(x.rows as i32).into(), (weight.rows as i32).into()]);
+            .args([(x.rows as i32).into(), (weight.rows as i32).into()])
+            .args(ahead(io.optional_input(10)));
         launcher.launch(kernel)
     }
 }
 
-/// How a product is cut: by shapes and the GPU alone.
+/// The arguments of a kernel for a weight that a later one reads.
+pub(crate) fn ahead(weight: Option<Mat>) -> [Arg; 2] {
+    let bytes = weight.map_or(0, |w| (w.rows * w.cols * w.dtype.size()).min(MOST_AHEAD));
+    [Arg::Ptr(weight.map_or(0, |w| w.address())), bytes.into()]
+}
+
+/// How a product is cut: by shapes alone.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     warps: usize,
-    row_tiles: usize,
     token_tiles: usize,
     stages: usize,
-    grid: [usize; 2],
+    blocks: usize,
 }
 
 impl Shape {
-    fn new(tokens: usize, n: usize, k: usize, gpu: &Properties) -> Shape {
-        let row_tiles = row_tiles(tokens);
-        let blocks = n.div_ceil(16 * row_tiles);
-        let mut token_tiles = tokens.div_ceil(8).next_power_of_two().clamp(1, 8);
-        // A small matrix is read again for other tokens rather than by a few blocks for all of them.
-        while token_tiles > 1 && blocks * tokens.div_ceil(8 * token_tiles) < gpu.sms as usize / 2 {
-            token_tiles /= 2;
-        }
+    fn new(tokens: usize, n: usize, k: usize) -> Shape {
         let steps = k.div_ceil(32);
         let warps = if steps >= 16 { 8 } else { 4 };
-        let most = RING / (row_tiles * 1024 * warps);
-        let stages = steps.div_ceil(warps).clamp(1, most);
-        Shape { warps, row_tiles, token_tiles, stages, grid: [blocks, tokens.div_ceil(8 * token_tiles)] }
+        let stages = steps.div_ceil(warps).clamp(1, RING / (1024 * warps));
+        Shape { warps, token_tiles: tokens.div_ceil(8), stages, blocks: n.div_ceil(ROWS) }
     }
 
     fn shared(&self) -> usize {
-        let ring = self.stages * self.row_tiles * 1024 * self.warps;
-        let sums = self.warps * 8 * self.token_tiles * (16 * self.row_tiles + 4) * 4;
+        let ring = self.stages * 1024 * self.warps;
+        let sums = self.warps * 8 * self.token_tiles * (ROWS + 4) * 4;
         ring.max(sums)
     }
 }

@@ -9,16 +9,15 @@ const BF16_BOUND: f64 = 4e-3;
 const CONV_BOUND: f64 = 8e-3;
 
 /// Tokens, columns and rows of the weight: fewer than a tile, exact tiles, rests.
-const SHAPES: [(usize, usize, usize); 9] = [
+const SHAPES: [(usize, usize, usize); 8] = [
     (1, 8, 1),
     (1, 768, 40),
     (3, 72, 33),
     (8, 1536, 80),
     (9, 40, 20),
-    (20, 264, 50),
-    (40, 2568, 70),
-    (64, 512, 200),
-    (70, 1024, 2100),
+    (12, 264, 50),
+    (15, 2568, 70),
+    (16, 5120, 200),
 ];
 
 fn product(x: &Value, w: &Value) -> Value {
