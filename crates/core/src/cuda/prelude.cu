@@ -284,12 +284,12 @@ DEVICE int segment_of(const int* offsets, int segments, i64 row) {
     return segments > 0 && offsets[low] <= row && row < offsets[low + 1] ? low : -1;
 }
 
-// A grid starts moving memory that a later kernel reads into the level-2 cache, each block a part.
-DEVICE void prefetch_part(const void* memory, i64 bytes) {
-    if (memory == nullptr || threadIdx.x != 0) return;
-    i64 blocks = static_cast<i64>(gridDim.x) * gridDim.y, block = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
-    i64 part = (bytes / 16 + blocks - 1) / blocks * 16, end = (block + 1) * part;
-    if (end > bytes / 16 * 16) end = bytes / 16 * 16;
-    for (i64 at = block * part; at < end; at += 16384)
-        prefetch_l2(static_cast<const char*>(memory) + at, static_cast<u32>(end - at < 16384 ? end - at : 16384));
+// A grid starts moving memory that a later kernel reads into the level-2 cache, each block `part` bytes; both numbers are
+// multiples of 16.
+DEVICE void prefetch_part(const void* memory, int bytes, int part) {
+    if (threadIdx.x != 0) return;
+    int at = (blockIdx.y * gridDim.x + blockIdx.x) * part, end = at + part < bytes ? at + part : bytes;
+#pragma unroll 1
+    for (; at < end; at += 16384)
+        prefetch_l2(static_cast<const char*>(memory) + at, end - at < 16384 ? end - at : 16384);
 }

@@ -126,6 +126,7 @@ impl Op for Step {
             _ => 4,
         };
         let tokens = if a.cols > 64 { 1 } else { tokens };
+        let blocks = [x.cols.div_ceil(32), x.rows.div_ceil(tokens)];
         launcher.launch(
             Kernel::new(&PROGRAM, NAME)
                 .define_type("T", x.dtype)
@@ -133,14 +134,14 @@ impl Op for Step {
                 .define("R", dt_weight.cols)
                 .define("TOKENS", tokens)
                 .define("NORM", i32::from(self.norm_eps.is_some()))
-                .grid(x.cols.div_ceil(32), x.rows.div_ceil(tokens), 1)
+                .grid(blocks[0], blocks[1], 1)
                 .threads(128)
                 .overlapping()
                 .args([x.into(), z.into(), parts.into(), dt_weight.into(), io.optional_input(4).into(), a.into()])
                 .args([io.optional_input(6).into(), state.into()])
                 .arg(Arg::Ptr(io.optional_input(8).map_or(0, |m| m.address())))
                 .args([io.output(0).into(), x.rows.into(), x.cols.into(), self.norm_eps.unwrap_or(0.0).into()])
-                .args(ahead(io.optional_input(9))),
+                .args(ahead(io.optional_input(9), blocks[0] * blocks[1])),
         )
     }
 }

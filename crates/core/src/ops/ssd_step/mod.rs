@@ -168,13 +168,14 @@ impl Op for Step {
         let fours = |m: &Mat| m.address().is_multiple_of(4 * m.dtype.size() as u64) && m.stride.is_multiple_of(4);
         let v = if self.d_state.is_multiple_of(4) && [&b, &c, &state].into_iter().all(fours) { 4 } else { 1 };
         let skip_each = d.is_some_and(|d| d.rows * d.cols != heads);
+        let blocks = heads * self.headdim.div_ceil(ROWS);
         launcher.launch(
             Kernel::new(&PROGRAM, NAME)
                 .define_type("T", x.dtype)
                 .define("N", self.d_state)
                 .define("V", v)
                 .define("GATE", self.mode)
-                .grid(heads * self.headdim.div_ceil(ROWS), x.rows, 1)
+                .grid(blocks, x.rows, 1)
                 .threads(128)
                 .overlapping()
                 .args([x.into(), b.into(), c.into(), dt.into(), io.optional_input(7).into(), a.into(), d.into()])
@@ -183,7 +184,7 @@ impl Op for Step {
                 .args([io.output(0).into(), io.optional_output(1).into()])
                 .args([(self.headdim as i32).into(), ((heads / self.groups) as i32).into()])
                 .args([i32::from(skip_each).into(), self.dt_limit.0.into(), self.dt_limit.1.into()])
-                .args(ahead(io.optional_input(11))),
+                .args(ahead(io.optional_input(11), blocks * x.rows)),
         )
     }
 }

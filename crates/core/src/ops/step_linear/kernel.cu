@@ -38,7 +38,7 @@
 KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
-                int tokens, int rows, const void* ahead, i64 ahead_bytes) {
+                int tokens, int rows, const void* ahead, int ahead_bytes, int ahead_part) {
     DYNAMIC_SHARED(bytes);
     u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
@@ -97,7 +97,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
         int token = 8 * j + lane / 4;
         offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
     }
-    prefetch_part(ahead, ahead_bytes);
+    prefetch_part(ahead, ahead_bytes, ahead_part);
     wait_for_previous();
 
     u32x4 b[AHEAD][NT];

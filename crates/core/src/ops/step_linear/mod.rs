@@ -250,15 +250,16 @@ impl Op for Product {
             .args([io.optional_input(8).into(), io.optional_input(9).into()])
             .args([io.optional_output(2).into(), io.optional_output(3).into(), (parts as i32).into()])
             .args([(x.rows as i32).into(), (weight.rows as i32).into()])
-            .args(ahead(io.optional_input(10)));
+            .args(ahead(io.optional_input(10), shape.blocks));
         launcher.launch(kernel)
     }
 }
 
-/// The arguments of a kernel for a weight that a later one reads.
-pub(crate) fn ahead(weight: Option<Mat>) -> [Arg; 2] {
-    let bytes = weight.map_or(0, |w| (w.rows * w.cols * w.dtype.size()).min(MOST_AHEAD));
-    [Arg::Ptr(weight.map_or(0, |w| w.address())), bytes.into()]
+/// The arguments of a kernel of so many blocks for a weight that a later one reads.
+pub(crate) fn ahead(weight: Option<Mat>, blocks: usize) -> [Arg; 3] {
+    let bytes = weight.map_or(0, |w| (w.rows * w.cols * w.dtype.size()).min(MOST_AHEAD)) / 16 * 16;
+    let part = bytes.div_ceil(blocks).next_multiple_of(16);
+    [Arg::Ptr(weight.map_or(0, |w| w.address())), (bytes as i32).into(), (part as i32).into()]
 }
 
 /// How a product is cut: by shapes alone.
