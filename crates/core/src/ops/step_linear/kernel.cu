@@ -26,8 +26,9 @@
 #define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : 4)
 // Chains of sums: a single one would be as long as all its products take one after another.
 #define CHAINS (NT == 1 ? 2 : 1)
-// Results a thread.
+// Results a thread, and tokens a warp.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
+#define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
 
@@ -35,7 +36,7 @@
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
 // moves on. Residual: stream = out + residual is stored, and what goes to `out` is stream ⊙ next_weight; row block b
 // leaves its sum of the squares of token t's stream in squares_out[t, b].
-KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float width, float eps,
+KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float inverse_width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
                 int tokens, int rows, const void* ahead, int ahead_bytes, int ahead_part) {
@@ -120,11 +121,13 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     }
 #endif
 #if SCALE
-    for (int j = WARPS - 1 - warp; j < TOKENS && j < tokens; j += WARPS) {
-        float sum = 0.0f;
-        for (int p = lane; p < parts; p += WARP) sum += squares.row(j)[p];
-        sum = warp_sum(sum);
-        if (lane == 0) scale[j] = 1.0f / sqrtf(sum / width + eps);
+    // Token `warp`, and perhaps a second one: what the lanes have is added up while others are behind.
+    float square[EACH_SCALE] = {};
+#pragma unroll
+    for (int j = 0; j < EACH_SCALE; j++) {
+        int token = warp + j * WARPS;
+        if (token < TOKENS && token < tokens)
+            for (int p = lane; p < parts; p += WARP) square[j] += squares.row(token)[p];
     }
 #endif
     float d[CHAINS][NT][4] = {};
@@ -161,6 +164,15 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
             to[i % 2 * PITCH + i / 2 * 8] = v;
         }
     }
+#if SCALE
+#pragma unroll
+    for (int j = 0; j < EACH_SCALE; j++) {
+        int token = warp + j * WARPS;
+        if (token >= TOKENS || token >= tokens) break;
+        float sum = warp_sum(square[j]);
+        if (lane == 0) scale[token] = rcp(sqrtf(sum * inverse_width + eps));
+    }
+#endif
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < EACH; e++) {

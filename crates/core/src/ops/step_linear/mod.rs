@@ -244,7 +244,7 @@ impl Op for Product {
             .shared(shape.shared())
             .overlapping()
             .args([x.into(), weight.into(), io.optional_input(2).into(), out.into(), io.optional_input(3).into()])
-            .args([(width as f32).into(), eps.into()])
+            .args([(1.0 / width.max(1) as f32).into(), eps.into()])
             .args([io.optional_input(5).into(), io.optional_input(6).into(), io.optional_input(7).into()])
             .args([Arg::Ptr(slots), (first as i32).into(), (channels as i32).into()])
             .args([io.optional_input(8).into(), io.optional_input(9).into()])
