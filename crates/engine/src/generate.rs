@@ -216,16 +216,21 @@ pub fn generate_all(
         }
     });
     first?;
-    while !active.is_empty() && session.has_steps(active.len()) {
-        let last = |i: usize| found[i].ids.last().copied().unwrap_or(0);
-        let starts: Vec<_> = active.iter().map(|&i| samplers[i].start(i, last(i))).collect();
-        let carried = active.clone();
+    let all: Vec<usize> = (0..prompts.len()).collect();
+    while !active.is_empty() && (session.has_steps(active.len()) || session.has_steps(all.len())) {
+        let carried = if session.has_steps(active.len()) { active.clone() } else { all.clone() };
+        let fits: Vec<bool> = (0..=carried.len()).map(|n| session.has_steps(n)).collect();
+        let starts: Vec<_> =
+            carried.iter().map(|&i| samplers[i].start(i, found[i].ids.last().copied().unwrap_or(0))).collect();
         let mut steps = session.steps(&starts, false)?;
-        let mut going = carried.clone();
-        while 2 * going.len() > carried.len() || steps.under_way() > 0 {
+        let mut going = active.clone();
+        loop {
+            let enough = going.is_empty() || fits[going.len()] && 2 * going.len() <= carried.len();
             // Before sequences are left out, what is under way is read: the others have taken these steps.
-            if 2 * going.len() > carried.len() {
+            if !enough {
                 steps.launch(AHEAD)?;
+            } else if steps.under_way() == 0 {
+                break;
             }
             let ids = steps.read()?;
             for (&i, id) in carried.iter().zip(ids) {
