@@ -18,6 +18,7 @@ pub mod scan_step;
 pub mod selective_scan;
 pub mod ssd;
 pub mod ssd_step;
+pub mod step_embedding;
 pub mod step_linear;
 pub mod swiglu;
 

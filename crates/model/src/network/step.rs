@@ -6,14 +6,14 @@
 
 use hognose_core::graph::Layout;
 use hognose_core::ops::elementwise::{mul, silu};
-use hognose_core::ops::embedding::embedding;
 use hognose_core::ops::gated_rms_norm::gated_rms_norm;
 use hognose_core::ops::layout::{concat, split};
 use hognose_core::ops::sample::{self, Sample};
 use hognose_core::ops::scan_step::{self, ScanStep, scan_step};
 use hognose_core::ops::ssd_step::{self, Gate, SsdStep, ssd_step};
+use hognose_core::ops::step_embedding::step_embedding;
 use hognose_core::ops::step_linear::{
-    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, step_linear, step_linear_conv, step_linear_residual,
+    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, Stream, step_linear, step_linear_conv, step_linear_residual,
 };
 use hognose_core::ops::swiglu::swiglu;
 use hognose_core::{DType, Error, TensorId};
@@ -98,7 +98,6 @@ impl Recorder<'_> {
         let ids = self.graph.external(IDS, DType::I32, 1, self.tokens);
         let slots = self.step_slots();
         let table = self.param("backbone.embedding.weight");
-        let x = embedding(&mut self.graph, ids, table)?;
         let config = self.config;
         // Names of the norms in order: the one behind a block is folded into the block's last product.
         let mut norms = Vec::new();
@@ -109,8 +108,9 @@ impl Recorder<'_> {
             }
         }
         norms.push("backbone.norm_f".to_string());
-        let (normed, stream) = self.norm(&norms[0], x, None)?;
-        let mut input = Input { x: normed, scale: None, stream };
+        let norm_weight = self.param(&format!("{}.weight", norms[0]));
+        let stream = step_embedding(&mut self.graph, ids, table, norm_weight)?;
+        let mut input = self.step_input(stream);
         let mut next = norms[1..].iter();
         for (i, layer) in config.layers.iter().enumerate() {
             let name = format!("backbone.layers.{i}");
@@ -177,8 +177,12 @@ impl Recorder<'_> {
         let norm = next.map_or("backbone.norm_f", String::as_str);
         let norm_weight = self.param(&format!("{norm}.weight"));
         let out = step_linear_residual(&mut self.graph, product, Residual { residual, norm_weight })?;
-        let scale = RowScale { squares: out.squares, width: self.config.d_model, eps: self.config.norm_eps };
-        Ok(Input { x: out.weighted, scale: Some(scale), stream: out.stream })
+        Ok(self.step_input(out))
+    }
+
+    fn step_input(&self, made: Stream) -> Input {
+        let scale = RowScale { squares: made.squares, width: self.config.d_model, eps: self.config.norm_eps };
+        Input { x: made.weighted, scale: Some(scale), stream: made.stream }
     }
 
     /// The input projection with a step of the convolution on `conv.0` columns from `conv.1` on.
