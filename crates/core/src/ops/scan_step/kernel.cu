@@ -63,9 +63,9 @@ KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> 
         u[t] = there ? to_f32(x.row(token0 + t)[d]) : 0.0f;
         gate[t] = there && t % WARPS == warp ? to_f32(z.row(token0 + t)[d]) : 0.0f;
     }
-    for (int e = threadIdx.x; e < TOKENS * (R + 2 * N); e += WARPS * WARP) {
-        i64 token = token0 + e / (R + 2 * N);
-        in[e / (R + 2 * N)][e % (R + 2 * N)] = token < tokens ? parts.row(token)[e % (R + 2 * N)] : 0.0f;
+    for (int e = threadIdx.x; e < TOKENS * PITCH; e += WARPS * WARP) {
+        i64 token = token0 + e / PITCH;
+        in[e / PITCH][e % PITCH] = token < tokens && e % PITCH < R + 2 * N ? parts.row(token)[e % PITCH] : 0.0f;
     }
     __syncthreads();
 #if NORM
