@@ -122,7 +122,8 @@ fn several_sequences_on_a_gpu_go_on_as_each_by_itself() {
         let loaded = load(name, device.clone(), DType::BF16);
         let prompts: Vec<Vec<u32>> = (0..9).map(|i| vec![3 * i + 1]).collect();
         for temperature in [0.0, 1.0] {
-            let sampling = |i| Sampling { seed: i, temperature, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::default() };
+            let sampling =
+                |i| Sampling { seed: i, temperature, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::default() };
             let options: Vec<GenerateOptions> = (0..9)
                 .map(|i| GenerateOptions { max_new_tokens: 5 * i, sampling: sampling(i as u64), eos: Vec::new() })
                 .collect();

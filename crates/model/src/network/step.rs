@@ -13,7 +13,8 @@ use hognose_core::ops::scan_step::{self, ScanStep, scan_step};
 use hognose_core::ops::ssd_step::{self, Gate, SsdStep, ssd_step};
 use hognose_core::ops::step_embedding::step_embedding;
 use hognose_core::ops::step_linear::{
-    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, Stream, step_linear, step_linear_conv, step_linear_residual,
+    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, Stream, step_linear, step_linear_conv,
+    step_linear_residual,
 };
 use hognose_core::ops::swiglu::swiglu;
 use hognose_core::{DType, Error, TensorId};
@@ -151,7 +152,11 @@ impl Recorder<'_> {
             Place::InProj => Some(self.param(&name(layer, "x_proj"))),
             Place::XProj if !small => Some(self.param(&name(layer, "out_proj"))),
             Place::Step if small && mamba1(layer) => {
-                if next && mamba1(layer + 1) { Some(self.param(&name(layer + 1, "x_proj"))) } else { None }
+                if next && mamba1(layer + 1) {
+                    Some(self.param(&name(layer + 1, "x_proj")))
+                } else {
+                    None
+                }
             }
             Place::XProj | Place::Step if next => Some(self.param(&name(layer + 1, "in_proj"))),
             Place::XProj | Place::Step => Some(self.output_matrix()),
@@ -218,7 +223,11 @@ impl Recorder<'_> {
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
         let (x, z) = (parts[0], parts[1]);
         let weight = self.param(&format!("{name}.mixer.x_proj.weight"));
-        let product = StepLinear { dtype: DType::F32, ahead: self.ahead(layer, Place::XProj), ..StepLinear::new(x, weight, None) };
+        let product = StepLinear {
+            dtype: DType::F32,
+            ahead: self.ahead(layer, Place::XProj),
+            ..StepLinear::new(x, weight, None)
+        };
         let dt_b_c = step_linear(&mut self.graph, product)?;
         let step = ScanStep {
             x,

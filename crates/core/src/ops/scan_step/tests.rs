@@ -39,9 +39,8 @@ fn agrees_with_the_scan() {
                     part
                 };
                 let low = part(0, r);
-                let dt: Vec<f64> = (0..t * d)
-                    .map(|i| (0..r).map(|k| low[i / d * r + k] * dt_weight.at(i % d, k)).sum())
-                    .collect();
+                let dt: Vec<f64> =
+                    (0..t * d).map(|i| (0..r).map(|k| low[i / d * r + k] * dt_weight.at(i % d, k)).sum()).collect();
                 let initial: Vec<f64> =
                     slots.iter().flat_map(|&s| state.data[s as usize * n * d..][..n * d].to_vec()).collect();
                 let segments: Vec<_> = (0..t).map(|i| i..i + 1).collect();

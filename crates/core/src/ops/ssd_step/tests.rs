@@ -35,22 +35,29 @@ fn agrees_with_the_recurrence() {
                 let initial: Vec<f64> =
                     slots.iter().flat_map(|&s| state.data[s as usize * d * n..][..d * n].to_vec()).collect();
                 let segments: Vec<usize> = (0..=t).collect();
-                let shape = Shape { heads: h, headdim: p, d_state: n, groups, softplus: true, dt_limit: (
-                    f64::from(dt_limit.0),
-                    f64::from(dt_limit.1),
-                ) };
-                let (v, last) = ssd(&shape, &Inputs {
-                    x: &x.data,
-                    dt: &dt.data,
-                    a: &a.data,
-                    b: &b.data,
-                    c: &c.data,
-                    d: Some(&skip.data),
-                    z: None,
-                    dt_bias: Some(&bias.data),
-                    initial_state: Some(&initial),
-                    segments: &segments,
-                });
+                let shape = Shape {
+                    heads: h,
+                    headdim: p,
+                    d_state: n,
+                    groups,
+                    softplus: true,
+                    dt_limit: (f64::from(dt_limit.0), f64::from(dt_limit.1)),
+                };
+                let (v, last) = ssd(
+                    &shape,
+                    &Inputs {
+                        x: &x.data,
+                        dt: &dt.data,
+                        a: &a.data,
+                        b: &b.data,
+                        c: &c.data,
+                        d: Some(&skip.data),
+                        z: None,
+                        dt_bias: Some(&bias.data),
+                        initial_state: Some(&initial),
+                        segments: &segments,
+                    },
+                );
                 let mut states = state.clone();
                 for (i, &s) in slots.iter().enumerate() {
                     states.data[s as usize * d * n..][..d * n].copy_from_slice(&last[i * d * n..][..d * n]);

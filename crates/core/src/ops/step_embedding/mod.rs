@@ -22,12 +22,7 @@ static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu"
 ///
 /// # Errors
 /// Operands of other shapes or types.
-pub fn step_embedding(
-    g: &mut Graph,
-    ids: TensorId,
-    table: TensorId,
-    norm_weight: TensorId,
-) -> Result<Stream, Error> {
+pub fn step_embedding(g: &mut Graph, ids: TensorId, table: TensorId, norm_weight: TensorId) -> Result<Stream, Error> {
     let (tokens, cols) = (g.cols(ids), g.cols(table));
     g.expect(NAME, "the ids", ids, DType::I32, Some(1), None)?;
     g.expect_dtype(NAME, "the table", table, DType::BF16)?;
