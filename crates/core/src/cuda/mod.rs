@@ -271,6 +271,41 @@ impl Cuda {
         }
     }
 
+    /// Page-locked memory of the host that kernels can write, zero at first: host and device use the same address.
+    pub(crate) fn alloc_mapped(&self, bytes: usize) -> Result<u64, Error> {
+        self.bind()?;
+        let mut ptr = std::ptr::null_mut();
+        // SAFETY: the pointer is valid; the memory is as large as what is cleared.
+        unsafe {
+            let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+            check("page-locking memory", sys::cuMemHostAlloc(&mut ptr, bytes.max(1), flags))?;
+            std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes);
+        }
+        Ok(ptr as u64)
+    }
+
+    /// Gives memory of [`Cuda::alloc_mapped`] back, once the stream is done with it.
+    pub(crate) fn free_mapped(&self, ptr: u64) {
+        // SAFETY: the memory came from `alloc_mapped`, and the stream is done with it.
+        unsafe {
+            if self.bind().is_ok() && sys::cuStreamSynchronize(self.stream) == sys::CUresult::CUDA_SUCCESS {
+                sys::cuMemFreeHost(ptr as *mut std::ffi::c_void);
+            }
+        }
+    }
+
+    /// Whether everything that was enqueued is done.
+    ///
+    /// # Errors
+    /// What went wrong in a kernel.
+    pub(crate) fn is_idle(&self) -> Result<bool, Error> {
+        // SAFETY: the stream lives as long as this.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("waiting for the GPU", result).map(|()| true),
+        }
+    }
+
     /// Keeps an error for the next call that can return one.
     fn note<T: Default>(&self, result: Result<T, Error>) -> T {
         result.unwrap_or_else(|error| {
