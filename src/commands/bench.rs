@@ -184,7 +184,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         gradients: true,
         accumulate: false,
         dropout: 0.0,
-        recompute: Recompute::Nothing,
+        recompute: args.recompute.map_or(Recompute::Nothing, |r| r.recomputation().into()),
     };
     let plan = GradientPlan::new(device, config, shape)?;
     let update = UpdatePlan::new(device, weights)?;

@@ -384,6 +384,21 @@ impl Device {
         Ok(())
     }
 
+    /// Does everything for a later run of a plan with this memory that may need memory itself: a GPU compiles and
+    /// captures it now.
+    ///
+    /// # Errors
+    /// As [`Device::run`].
+    pub fn prepare(&self, plan: &Plan, arena: &Buffer, bindings: &[Slice<'_>]) -> Result<(), Error> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => {
+                let externals = self.check_bindings(plan, arena, bindings)?;
+                cuda.prepare(plan, arena.ptr.as_ptr(), &externals)
+            }
+        }
+    }
+
     /// Runs a plan for a GPU on the memory of this CPU, by emulation; see [`crate::cuda::emulator`].
     #[cfg(test)]
     pub(crate) fn emulate(

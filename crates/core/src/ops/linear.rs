@@ -146,7 +146,14 @@ impl Op for Linear {
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
         let product = Product::new(io.output(0), (io.input(0), false), (io.input(1), true));
-        launcher.product(&Product { bias: io.optional_input(2), ..product })
+        match io.optional_input(2) {
+            // The library adds a bias of the result's type only.
+            Some(bias) if bias.dtype != io.output(0).dtype => {
+                launcher.product(&product)?;
+                elementwise::cuda::add_row(launcher, io.output(0), bias)
+            }
+            bias => launcher.product(&Product { bias, ..product }),
+        }
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {

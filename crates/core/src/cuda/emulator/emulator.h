@@ -396,6 +396,7 @@ EMULATED float rcp(float x) { return emulated_flush(1.0f / emulated_flush(x)); }
 
 EMULATED void copy_async4(void* shared, const void* global) { emulator::copy_later(shared, global, 4, 0); }
 EMULATED void copy_async16(void* shared, const void* global) { emulator::copy_later(shared, global, 16, 0); }
+EMULATED void prefetch(const void*) {}
 EMULATED void copy_async_commit() { emulator::me->group++; }
 template <int Pending>
 EMULATED void copy_async_wait() {
@@ -435,6 +436,22 @@ EMULATED void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
         double sum = d[i];
         for (unsigned k = 0; k < 16; k++)
             sum += static_cast<double>(half(g * 4 + k % 8 / 2, i / 2 + k / 8 * 2, k % 2)) * half((2 * t + i % 2) * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+        d[i] = static_cast<float>(sum);
+    }
+}
+
+EMULATED void mma_tf32(float* d, const float* a, const float* b) {
+    float mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const emulator::Slot* all = emulator::meet(0xffffffffu, "mma_tf32", mine, sizeof mine);
+    auto value = [&](unsigned lane, unsigned reg) {
+        unsigned bits;
+        memcpy(&bits, all[lane] + 4 * reg, 4);
+        return static_cast<double>(bits_to_f32(bits & 0xffffe000u));
+    };
+    unsigned g = emulator::me->lane / 4, t = emulator::me->lane % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (unsigned k = 0; k < 8; k++) sum += value(g * 4 + k % 4, i / 2 + k / 4 * 2) * value((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
         d[i] = static_cast<float>(sum);
     }
 }

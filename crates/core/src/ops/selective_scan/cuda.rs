@@ -15,9 +15,6 @@ static BACKWARD: Program =
 const BLOCKS_PER_SM: u32 = 3;
 /// Tokens a segment up to which a block takes a whole segment.
 const SHORT: usize = 4;
-/// Steps of the gradient whose states are in registers.
-const SUB: usize = 8;
-
 /// Threads of the blocks that add up parts.
 const ADDING_THREADS: usize = 256;
 
@@ -32,6 +29,8 @@ struct Spread {
     warps: usize,
     /// Rows of a tile of the forward pass.
     steps: usize,
+    /// Steps of the gradient whose states are in registers.
+    sub: usize,
 }
 
 impl Spread {
@@ -44,6 +43,7 @@ impl Spread {
             // Many states need much shared memory a warp.
             warps: [4, 2, 1][usize::from(d_state > 64) + usize::from(d_state > 128)],
             steps: if d_state <= 32 { 32 } else { 8 },
+            sub: if d_state <= 128 { 8 } else { 4 },
         }
     }
 
@@ -73,8 +73,8 @@ impl Spread {
 
     fn gradient_shared(&self) -> usize {
         let (chunk, vector) = (chunk_len(self.d_state), self.channels().next_multiple_of(4));
-        let tiles = 5 * chunk * self.channels() + chunk / SUB * self.threads() * self.states;
-        let sums = 4 * self.warps * SUB * self.padded();
+        let tiles = 5 * chunk * self.channels() + chunk / self.sub * self.threads() * self.states;
+        let sums = 4 * self.warps * self.sub * self.padded();
         let coefficients = if self.staged() { 2 * chunk * self.padded() } else { 0 };
         4 * (tiles.next_multiple_of(4) + sums + coefficients + 2 * vector)
     }
@@ -118,9 +118,10 @@ impl Cut {
         self.groups * self.group_blocks
     }
 
-    /// Numbers that parts leave for each other.
+    /// Numbers that parts leave for each other; what follows is aligned to 16 bytes.
     fn carry(&self) -> usize {
-        if self.parts > 1 { self.parts * (2 * self.spread.d_state + 1) * self.channels } else { 0 }
+        let each = (2 * self.spread.d_state + 1) * self.channels;
+        if self.parts > 1 { (self.parts * each).next_multiple_of(4) } else { 0 }
     }
 
     fn channel_parts(&self) -> usize {
@@ -147,7 +148,7 @@ impl Cut {
         kernel = if std::ptr::eq(program, &FORWARD) {
             kernel.define("STEPS", spread.steps)
         } else {
-            kernel.define("SUB", SUB).define("STAGED", i32::from(spread.staged()))
+            kernel.define("SUB", spread.sub).define("STAGED", i32::from(spread.staged()))
         };
         kernel.threads(spread.threads() as u32)
     }
@@ -285,7 +286,8 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     launcher.launch(kernel.args([scan, gradients, carry.into(), by_channel, by_time]))?;
     let d_state = cut.spread.d_state;
     if db.is_some() || dc.is_some() {
-        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS);
+        let wide = if launch.vb.is_multiple_of(4) { 4 } else { 1 };
+        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS * wide);
         let kernel = cut.kernel(&BACKWARD, "add_channels", &launch).grid(blocks, cut.groups, 1);
         launcher.launch(kernel.threads(ADDING_THREADS as u32).args([
             channel_parts.into(),

@@ -13,14 +13,16 @@ static GRADIENT: Program =
     Program { name: "ssd_grad", source: concat!(include_str!("kernel_tiles.cu"), include_str!("kernel_grad.cu")) };
 static RECURRENCE: Program = Program { name: "ssd_recurrence", source: include_str!("kernel_recurrence.cu") };
 
+/// Threads of a block, but for the walks, where a warp takes 16 rows of a chunk.
 const THREADS: usize = 256;
 const RECURRENCE_THREADS: usize = 128;
 /// Channels that a warp takes in the plain recurrence.
 const RECURRENCE_ROWS: usize = 4;
 /// The largest state size whose tiles fit registers and shared memory.
 const MOST_STATES: usize = 256;
-/// Blocks of walks over spans that a multiprocessor should get: enough to even out its work.
-const WALKS: usize = 4;
+/// Blocks of the walk that a multiprocessor has room for, and its buffers of a chunk's rows.
+const WALKS: usize = 3;
+const WALK_STAGES: usize = 1;
 
 /// How a call is cut: sizes of tiles and of pieces of segments. Depends on shapes, types and the GPU alone.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +36,8 @@ struct Cut {
     channels: usize,
     /// The state size, rounded up.
     states: usize,
+    /// Buffers of the gradient for a head's rows and states.
+    stages: usize,
     /// Rows of a span; more than there are tokens if segments are not cut.
     span: usize,
 }
@@ -46,23 +50,36 @@ fn tile(planes: usize, rows: usize, cols: usize) -> usize {
 impl Cut {
     fn new(dims: &Dims, tokens: usize, segments: usize, dtype: DType, gradient: bool, gpu: &Properties) -> Cut {
         let states = dims.d_state.next_power_of_two().max(16);
-        let channels = dims.headdim.next_power_of_two().clamp(16, 64);
-        let chunk = match dtype {
-            DType::BF16 => 64,
-            _ => 32,
-        };
-        let chunk = if states > 128 { chunk / 2 } else { chunk };
-        let mut cut = Cut { tokens, segments, dtype, chunk, channels, states, span: 0 };
-        while cut.shared(gradient) > gpu.shared as usize && cut.channels > 16 {
+        let (chunk, planes) = if dtype == DType::BF16 { (64, 1) } else { (32, 3) };
+        // A thread of a walk holds 64 numbers of the state.
+        let channels = dims.headdim.next_power_of_two().clamp(16, 64).min(128 * chunk / states).max(16);
+        let mut cut = Cut { tokens, segments, dtype, chunk, channels, states, stages: 3 - planes.min(2), span: 0 };
+        let too_large = |cut: &Cut| cut.shared(gradient) > gpu.shared as usize;
+        if too_large(&cut) {
+            cut.stages = 1;
+        }
+        while too_large(&cut) && cut.channels > 16 {
             cut.channels /= 2;
         }
-        while cut.shared(gradient) > gpu.shared as usize && cut.chunk > 16 {
+        while too_large(&cut) && cut.chunk > 16 {
             cut.chunk /= 2;
         }
-        let walks = tokens.div_ceil(cut.chunk) * dims.heads * cut.tiles(dims);
-        let chunks = walks.div_ceil(WALKS * gpu.sms as usize).max(4);
-        cut.span = if chunks * cut.chunk > tokens { tokens + 1 } else { chunks * cut.chunk };
+        cut.span = cut.best_span(dims, gpu);
         cut
+    }
+
+    /// Rows of a span. Walks over n spans of each segment at once take about as long as the chunks of one span times the
+    /// blocks that share a multiprocessor (where there is one only, waiting for memory takes as long as two); more than one
+    /// costs a walk for the states that they start from.
+    fn best_span(&self, dims: &Dims, gpu: &Properties) -> usize {
+        let segments = self.segments.max(1);
+        let chunks = self.tokens.div_ceil(segments).div_ceil(self.chunk);
+        let cost = |n: usize| {
+            let blocks = (segments * dims.heads * self.tiles(dims) * n).div_ceil(gpu.sms as usize);
+            (chunks.div_ceil(n) * blocks.max(2)) as f64 * if n > 1 { 1.4 } else { 1.0 }
+        };
+        let spans = (1..=chunks.clamp(1, 64)).min_by(|&a, &b| cost(a).total_cmp(&cost(b))).unwrap_or(1);
+        if spans == 1 { self.tokens + 1 } else { chunks.div_ceil(spans) * self.chunk }
     }
 
     /// Tiles of channels that a head has.
@@ -76,19 +93,20 @@ impl Cut {
 
     fn walk_shared(&self) -> usize {
         let (p, q) = (self.planes(), self.chunk);
-        2 * tile(p, q, self.channels)
-            + 2 * tile(p, q, self.states)
-            + tile(p, q, q)
-            + tile(p, self.channels, self.states)
+        let stage = tile(p, q, self.channels) + 2 * tile(p, q, self.states);
+        tile(p, self.channels, self.states) + WALK_STAGES * stage
     }
 
     fn gradient_shared(&self) -> usize {
-        self.walk_shared() + tile(self.planes(), self.channels, self.states)
+        let (p, q) = (self.planes(), self.chunk);
+        let stage = 2 * tile(p, q, self.channels) + 2 * tile(p, self.channels, self.states);
+        2 * tile(p, q, self.states) + tile(p, q, q) + self.stages * stage
     }
 
     /// The most shared memory that a kernel of the op needs, with what it declares itself.
     fn shared(&self, gradient: bool) -> usize {
-        if gradient { self.gradient_shared() + 40 * 4 * self.chunk } else { self.walk_shared() + 12 * 4 * self.chunk }
+        let walk = self.walk_shared() + 24 * self.chunk;
+        if gradient { walk.max(self.gradient_shared() + 320 * self.chunk + 512) } else { walk }
     }
 
     fn is_cut(&self) -> bool {
@@ -116,7 +134,16 @@ impl Cut {
         Arg::Table(sizes.into_iter().chain([per_channel]).map(|v| v as u64).collect())
     }
 
-    fn kernel(&self, program: &'static Program, entry: &'static str, vector: usize) -> Kernel {
+    /// A kernel that walks over spans.
+    fn walk(&self, entry: &'static str, vector: usize, gate: bool) -> Kernel {
+        let threads = 2 * self.chunk;
+        self.kernel(&PROGRAM, entry, vector, threads)
+            .define("STAGES", WALK_STAGES)
+            .define("WALKS", WALKS)
+            .define("GATE", i32::from(gate))
+    }
+
+    fn kernel(&self, program: &'static Program, entry: &'static str, vector: usize, threads: usize) -> Kernel {
         Kernel::new(program, entry)
             .define_type("T", self.dtype)
             .define("SPLIT", self.planes())
@@ -124,7 +151,8 @@ impl Cut {
             .define("PT", self.channels)
             .define("NP", self.states)
             .define("V", vector)
-            .threads(THREADS as u32)
+            .define("THREADS", threads)
+            .threads(threads as u32)
     }
 }
 
@@ -270,14 +298,14 @@ struct Call<'a, 'b> {
 
 impl Call<'_, '_> {
     fn kernel(&self, entry: &'static str) -> Kernel {
-        self.cut.kernel(&PROGRAM, entry, self.vector)
+        self.cut.walk(entry, self.vector, self.io.optional_input(inputs::Z).is_some())
     }
 
     fn steps(&mut self, slope: Option<*mut u8>) -> Result<(), Error> {
         let (dims, io, scratch) = (self.dims, self.io, &self.scratch);
         let kernel = self
             .kernel("steps")
-            .grid(self.cut.chunk_slots(), dims.heads.div_ceil(THREADS / 32), 1)
+            .grid(self.cut.chunk_slots(), dims.heads.div_ceil(2 * self.cut.chunk / 32), 1)
             .args([io.input(inputs::DT).into(), address(Some(io.input(inputs::A)))])
             .args([address(io.optional_input(inputs::DT_BIAS)), self.offsets.clone()])
             .args([scratch.delta.into(), scratch.cum.into(), scratch.rest.into()])
@@ -299,7 +327,7 @@ impl Call<'_, '_> {
         let kernel = self
             .kernel("states")
             .grid(cut.span_slots(), dims.heads * cut.tiles(dims), 1)
-            .shared(tile(p, q, cut.channels) + tile(p, q, cut.states))
+            .shared(2 * (tile(p, q, cut.channels) + tile(p, q, cut.states)))
             .args([x.into(), b.into(), self.offsets.clone(), scratch.delta.into(), scratch.cum.into()])
             .args([scratch.rest.into(), incoming, outgoing, decays, chunk_states])
             .args([i32::from(backward).into(), cut.sizes(dims)]);
@@ -325,7 +353,7 @@ impl Call<'_, '_> {
         self.walk_states([x, b], [none(), states.clone()], [decays, Arg::Ptr(0)], backward)?;
         let kernel = self
             .kernel("scan_spans")
-            .grid(self.cut.segments, state.div_ceil(THREADS * self.vector.min(4)), 1)
+            .grid(self.cut.segments, state.div_ceil(2 * self.cut.chunk * self.vector.min(4)), 1)
             .args([self.offsets.clone(), self.scratch.decays.into(), states.clone(), initial.into(), last.into()])
             .args([i32::from(backward).into(), self.cut.sizes(self.dims)]);
         self.launcher.launch(kernel)?;
@@ -369,10 +397,14 @@ pub(super) fn run(dims: &Dims, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Resu
     call.steps(None)?;
     let incoming = call.span_states([Some(x), Some(b)], initial, last, false)?;
     let outgoing = last.filter(|_| !cut.is_cut());
-    if y.is_some() || outgoing.is_some() {
-        call.outputs(incoming, outgoing, [y, None, None, None])?;
+    match (y, outgoing) {
+        (Some(_), _) => call.outputs(incoming, outgoing, [y, None, None, None]),
+        (None, Some(last)) => {
+            let nowhere = || Arg::Ptr(0);
+            call.walk_states([Some(x), Some(b)], [incoming, last.into()], [nowhere(), nowhere()], false)
+        }
+        (None, None) => Ok(()),
     }
-    Ok(())
 }
 
 fn recurrence(dims: &Dims, io: &Io<'_>, launcher: &mut Launcher<'_>, vector: usize) -> Result<(), Error> {
@@ -447,7 +479,8 @@ pub(super) fn run_grad(dims: &Dims, io: &Io<'_>, launcher: &mut Launcher<'_>) ->
     let Shared { delta, cum, rest, .. } = call.scratch;
     let launcher = call.launcher;
     launcher.launch(
-        cut.kernel(&GRADIENT, "gradients", vector)
+        cut.kernel(&GRADIENT, "gradients", vector, THREADS)
+            .define("STAGES", cut.stages)
             .grid(cut.chunk_slots().max(1), dims.groups * splits, 1)
             .shared(cut.gradient_shared())
             .args([x.into(), b.into(), c.into(), address(Some(io.input(inputs::A)))])
@@ -460,10 +493,9 @@ pub(super) fn run_grad(dims: &Dims, io: &Io<'_>, launcher: &mut Launcher<'_>) ->
     )?;
     for (parts, out) in [(further.split_b, db), (further.split_c, dc)] {
         if let Some(out) = out.filter(|_| splits > 1 && cut.segments > 0) {
-            let kernel =
-                cut.kernel(&GRADIENT, "add_splits", vector).grid((out.rows * out.cols).div_ceil(THREADS), 1, 1);
+            let kernel = cut.kernel(&GRADIENT, "add_splits", vector, THREADS).define("STAGES", cut.stages);
             let args = [parts.into(), (splits as i32).into(), offsets.clone(), out.into(), cut.sizes(dims)];
-            launcher.launch(kernel.args(args))?;
+            launcher.launch(kernel.grid((out.rows * out.cols).div_ceil(THREADS), 1, 1).args(args))?;
         }
     }
     for (parts, out) in [further.part_a, further.part_bias, further.part_d].into_iter().zip(sums) {

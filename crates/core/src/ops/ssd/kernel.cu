@@ -57,10 +57,9 @@ KERNEL __launch_bounds__(THREADS) steps(Mat<T> dt, const float* a, const float* 
 }
 
 typedef Spread<PT, NP> StateSpread;
-typedef float StateTiles[StateSpread::MT][StateSpread::NT][4];
 
-// The state of a head's channels from `channel` on, in f32: rows of N numbers; there are `channels` of them.
-DEVICE void load_state(StateTiles& acc, const StateSpread& spread, const float* from, i64 channels, const Sizes& s) {
+// The state of some channels in f32: `channels` rows of N numbers.
+DEVICE void load_state(StateSpread::Acc& acc, const StateSpread& spread, const float* from, int channels, int d_state) {
 #pragma unroll
     for (int mt = 0; mt < StateSpread::MT; mt++)
 #pragma unroll
@@ -70,28 +69,15 @@ DEVICE void load_state(StateTiles& acc, const StateSpread& spread, const float* 
                 int p = spread.row_of(mt, e), n = spread.col_of(nt, e);
                 f32x2 v{0.0f, 0.0f};
                 if (from != nullptr && spread.active && p < channels)
-                    v = load_pair(from + p * s.d_state + n, n < s.d_state, n + 1 < s.d_state);
+                    v = load_pair(from + p * d_state + n, n < d_state, n + 1 < d_state);
                 acc[mt][nt][e] = v.x, acc[mt][nt][e + 1] = v.y;
-            }
-}
-template <class E>
-DEVICE void store_state(const StateTiles& acc, const StateSpread& spread, E* to, i64 channels, const Sizes& s) {
-    if (!spread.active) return;
-#pragma unroll
-    for (int mt = 0; mt < StateSpread::MT; mt++)
-#pragma unroll
-        for (int nt = 0; nt < StateSpread::NT; nt++)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                int p = spread.row_of(mt, e), n = spread.col_of(nt, e);
-                if (p < channels)
-                    store_pair(to + p * s.d_state + n, n < s.d_state, n + 1 < s.d_state, acc[mt][nt][e], acc[mt][nt][e + 1]);
             }
 }
 
 // What a block of `states` and `walk` works on: a span of a segment, some channels of a head.
 struct Work {
-    i64 slot, head, channel, channels;
+    i64 slot, head;
+    int channels;
     // Column of the first channel in x, and of the group in B and C.
     i64 col, group_col;
     Piece span;
@@ -100,13 +86,16 @@ struct Work {
     int chunks;
     DEVICE Work(const int* offsets, const Sizes& s) {
         i64 tiles = (s.headdim + PT - 1) / PT;
-        slot = blockIdx.x, head = blockIdx.y / tiles, channel = blockIdx.y % tiles * PT;
-        channels = s.headdim - channel < PT ? s.headdim - channel : PT;
+        slot = blockIdx.x, head = blockIdx.y / tiles;
+        i64 channel = blockIdx.y % tiles * PT;
+        channels = static_cast<int>(s.headdim - channel < PT ? s.headdim - channel : PT);
         col = head * s.headdim + channel, group_col = head / s.heads_per_group * s.d_state;
         span = piece_of(offsets, s.segments, slot, s.span);
         chunk_slot = first_slot(span.segment_start, span.segment, Q) + (span.first - span.segment_start) / Q;
         chunks = static_cast<int>((span.end - span.first + Q - 1) / Q);
     }
+    DEVICE i64 first_of(int chunk) const { return span.first + static_cast<i64>(chunk) * Q; }
+    DEVICE int rows_from(i64 first) const { return static_cast<int>(span.end - first < Q ? span.end - first : Q); }
     // Spans are there if they have rows; where segments are not cut, an empty one is there, too, for its state.
     DEVICE bool exists(const Sizes& s) const {
         return span.segment >= 0 && span.first >= span.segment_start && (s.span > s.tokens || span.first < span.end);
@@ -120,41 +109,56 @@ KERNEL __launch_bounds__(THREADS) states(Mat<T> x, Mat<T> b, const int* offsets,
                                          const float* rest, Mat<float> incoming, Mat<float> outgoing, float* decays,
                                          T* chunk_states, int backward, Sizes s) {
     DYNAMIC_SHARED(memory);
-    Tile<Q, PT> weighted{reinterpret_cast<bf16*>(memory)};
-    Tile<Q, NP> keys{reinterpret_cast<bf16*>(memory + Tile<Q, PT>::BYTES)};
+    constexpr int STAGE = Tile<Q, PT>::BYTES + Tile<Q, NP>::BYTES;
     __shared__ ChunkSteps chunk_steps[2];
-    __shared__ float weights[2][Q];
     Work work(offsets, s);
     if (!work.exists(s)) return;
+    int d_state = static_cast<int>(s.d_state);
     Steps steps{delta, cum, rest};
-    StateSpread spread;
-    StateTiles state;
+    StateSpread spread(threadIdx.x / WARP);
+    StateSpread::Acc state;
     i64 offset = work.col * s.d_state;
-    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, s);
+    // The chunk in step i of the walk, into buffer i % 2.
+    auto fetch = [&](int i) {
+        int c = backward ? work.chunks - 1 - i : i;
+        i64 first = work.first_of(c);
+        int rows = work.rows_from(first);
+        unsigned char* stage = memory + i % 2 * STAGE;
+        fetch_steps(chunk_steps[i % 2], steps, work.chunk_slot + c, s.heads, work.head);
+        fetch_tile(Tile<Q, PT>{reinterpret_cast<bf16*>(stage)}, x.data + first * x.stride + work.col, x.stride, x.present() ? rows : 0, work.channels);
+        fetch_tile(Tile<Q, NP>{reinterpret_cast<bf16*>(stage + Tile<Q, PT>::BYTES)}, b.data + first * b.stride + work.group_col, b.stride, rows, d_state);
+        copy_async_commit();
+    };
+    if (work.chunks > 0) fetch(0);
+    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, d_state);
     float decay = 1.0f;
     for (int i = 0; i < work.chunks; i++) {
-        int c = backward ? work.chunks - 1 - i : i;
-        i64 first = work.span.first + static_cast<i64>(c) * Q, rows = work.span.end - first;
-        ChunkSteps& now = chunk_steps[i % 2];
-        load_steps(now, steps, work.chunk_slot + c, s.heads, work.head);
-        if (threadIdx.x < Q)
-            weights[i % 2][threadIdx.x] = backward ? now.before[threadIdx.x] : now.delta[threadIdx.x] * now.after[threadIdx.x];
         if (chunk_states != nullptr) {
+            i64 c = backward ? work.chunks - 1 - i : i;
             i64 at = ((work.chunk_slot + c) * s.heads * s.headdim + work.col) * s.d_state;
-            store_state(state, spread, chunk_states + at, work.channels, s);
+            store_result(chunk_states + at, d_state, state, spread, work.channels, d_state);
             if (i + 1 == work.chunks && !outgoing.present()) break;
         }
+        if (i + 1 < work.chunks) {
+            fetch(i + 1);
+            copy_async_wait<1>();
+        } else {
+            copy_async_wait<0>();
+        }
         __syncthreads();
-        load_scaled(weighted, x.data + first * x.stride + work.col, x.stride, x.present() ? rows : 0, work.channels, weights[i % 2]);
-        load_tile(keys, b.data + first * b.stride + work.group_col, b.stride, rows, s.d_state);
-        __syncthreads();
+        const ChunkSteps& now = chunk_steps[i % 2];
+        Tile<Q, PT> values{reinterpret_cast<bf16*>(memory + i % 2 * STAGE)};
+        Tile<Q, NP> keys{reinterpret_cast<bf16*>(memory + i % 2 * STAGE + Tile<Q, PT>::BYTES)};
         decay *= now.whole();
         if (spread.active) {
             scale(state, now.whole());
-            product<true, true, Q>(state, weighted, spread.row, keys, spread.col);
+            auto weight = [&](int t) { return backward ? now.before(t) : now.delta[t] * now.after(t); };
+            product<true, true, Q>(state, values, spread.row, keys, spread.col, NP, 0, weight);
         }
+        __syncthreads();
     }
-    if (outgoing.present()) store_state(state, spread, outgoing.row(work.slot) + offset, work.channels, s);
+    copy_async_wait<0>();
+    if (outgoing.present()) store_result(outgoing.row(work.slot) + offset, d_state, state, spread, work.channels, d_state);
     if (decays != nullptr && threadIdx.x == 0) decays[work.slot * s.heads + work.head] = decay;
 }
 
@@ -182,19 +186,18 @@ KERNEL __launch_bounds__(THREADS) scan_spans(const int* offsets, const float* de
 }
 
 // Outputs of a span and, if wanted, the state after it. With dy, what the gradient of the gate needs instead: dz, and
-// the gradient of the sum before the gate.
-KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z,
+// the gradient of the sum before the gate. A warp takes 16 rows of a chunk, so that the scores stay in its registers.
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? WALKS : 1) walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z,
                                                             const int* offsets, const float* delta, const float* cum,
                                                             const float* rest, Mat<float> incoming, Mat<float> outgoing,
                                                             Mat<T> y, Mat<T> dy, Mat<T> dz, Mat<T> d_sum, Sizes s) {
     DYNAMIC_SHARED(memory);
-    unsigned char* next = memory;
-    Tile<Q, PT> values{reinterpret_cast<bf16*>(next)}, weighted{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)};
-    Tile<Q, NP> keys{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)}, queries{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
-    Tile<Q, Q> scores{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
-    Tile<PT, NP> rounded{reinterpret_cast<bf16*>(next += Tile<Q, Q>::BYTES)};
-    __shared__ ChunkSteps chunk_steps[2];
-    __shared__ float weights[2][Q];
+    constexpr int STAGE = Tile<Q, PT>::BYTES + 2 * Tile<Q, NP>::BYTES;
+    Tile<PT, NP> rounded{reinterpret_cast<bf16*>(memory)};
+    auto values_of = [&](int i) { return Tile<Q, PT>{reinterpret_cast<bf16*>(memory + Tile<PT, NP>::BYTES + i % STAGES * STAGE)}; };
+    auto keys_of = [&](int i) { return Tile<Q, NP>{reinterpret_cast<bf16*>(values_of(i).data) + Tile<Q, PT>::BYTES / 2}; };
+    auto queries_of = [&](int i) { return Tile<Q, NP>{keys_of(i).data + Tile<Q, NP>::BYTES / 2}; };
+    __shared__ ChunkSteps chunk_steps[STAGES];
     Work work(offsets, s);
     if (blockIdx.x == 0) {
         clear_outside(y, work.col, work.channels, offsets, s);
@@ -202,24 +205,30 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
         clear_outside(d_sum, work.col, work.channels, offsets, s);
     }
     if (!work.exists(s)) return;
+    int d_state = static_cast<int>(s.d_state);
     Steps steps{delta, cum, rest};
-    StateSpread spread;
-    StateTiles state;
+    int warp = threadIdx.x / WARP;
+    StateSpread spread(warp);
+    // Later rows have more to do: blocks give them to different warps.
+    int turned = (warp + blockIdx.x + blockIdx.y) % WARPS;
+    Spread<Q, Q> pairs(turned);
+    Spread<Q, PT> out(turned);
+    StateSpread::Acc state;
     i64 offset = work.col * s.d_state;
-    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, s);
-    Spread<Q, Q> pairs;
-    Spread<Q, PT> out;
+    auto fetch = [&](int i) {
+        i64 first = work.first_of(i);
+        int rows = work.rows_from(first);
+        fetch_steps(chunk_steps[i % STAGES], steps, work.chunk_slot + i, s.heads, work.head);
+        fetch_tile(queries_of(i), c.data + first * c.stride + work.group_col, c.stride, rows, d_state);
+        fetch_tile(keys_of(i), b.data + first * b.stride + work.group_col, b.stride, rows, d_state);
+        fetch_tile(values_of(i), x.data + first * x.stride + work.col, x.stride, rows, work.channels);
+        copy_async_commit();
+    };
+    if (work.chunks > 0) fetch(0);
+    load_state(state, spread, incoming.present() ? incoming.row(work.slot) + offset : nullptr, work.channels, d_state);
     for (int i = 0; i < work.chunks; i++) {
-        i64 first = work.span.first + static_cast<i64>(i) * Q, rows = work.span.end - first;
-        ChunkSteps& now = chunk_steps[i % 2];
-        load_steps(now, steps, work.chunk_slot + i, s.heads, work.head);
-        if (threadIdx.x < Q) weights[i % 2][threadIdx.x] = now.delta[threadIdx.x] * now.after[threadIdx.x];
-        __syncthreads();
-        const T* from = x.data + first * x.stride + work.col;
-        load_tile(values, from, x.stride, rows, work.channels);
-        load_scaled(weighted, from, x.stride, rows, work.channels, weights[i % 2]);
-        load_tile(keys, b.data + first * b.stride + work.group_col, b.stride, rows, s.d_state);
-        load_tile(queries, c.data + first * c.stride + work.group_col, c.stride, rows, s.d_state);
+        i64 first = work.first_of(i);
+        int rows = work.rows_from(first);
         if (spread.active) {
 #pragma unroll
             for (int mt = 0; mt < StateSpread::MT; mt++)
@@ -229,39 +238,59 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
                     for (int e = 0; e < 4; e += 2)
                         rounded.set_pair(spread.row_of(mt, e), spread.col_of(nt, e), state[mt][nt][e], state[mt][nt][e + 1]);
         }
+        copy_async_wait<0>();
         __syncthreads();
-        if (pairs.active) {
-            float acc[pairs.MT][pairs.NT][4] = {};
-            product<false, false, NP>(acc, queries, pairs.row, keys, pairs.col);
+        if (STAGES > 1 && i + 1 < work.chunks) fetch(i + 1);
+        const ChunkSteps& now = chunk_steps[i % STAGES];
+        Tile<Q, PT> values = values_of(i);
+        Tile<Q, NP> keys = keys_of(i), queries = queries_of(i);
+        Operand<1, Q / 8> scores;
+        {
+            float acc[1][Q / 8][4] = {};
+            product<false, false, NP>(acc, queries, pairs.row, keys, 0, pairs.row + 16);
 #pragma unroll
-            for (int mt = 0; mt < pairs.MT; mt++)
+            for (int nt = 0; nt < Q / 8; nt++) {
+                if (nt * 8 >= pairs.row + 16) continue;
 #pragma unroll
-                for (int nt = 0; nt < pairs.NT; nt++)
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        int t = pairs.row_of(mt, e), j = pairs.col_of(nt, e);
-                        float v[2];
-#pragma unroll
-                        for (int k = 0; k < 2; k++)
-                            v[k] = t >= j + k ? acc[mt][nt][e + k] * now.decay(t, j + k) * now.delta[j + k] : 0.0f;
-                        scores.set_pair(t, j, v[0], v[1]);
-                    }
+                for (int e = 0; e < 4; e++) {
+                    int t = pairs.row_of(0, e), j = pairs.col_of(nt, e);
+                    acc[0][nt][e] = t >= j ? acc[0][nt][e] * now.decay(t, j) * now.delta[j] : 0.0f;
+                }
+            }
+            scores.set(acc);
         }
-        if (spread.active) {
-            scale(state, now.whole());
-            product<true, true, Q>(state, weighted, spread.row, keys, spread.col);
+        Spread<Q, PT>::Acc acc = {};
+        product<false, false, NP>(acc, queries, out.row, rounded, 0);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float before = now.before(out.row_of(0, 2 * half));
+#pragma unroll
+            for (int nt = 0; nt < out.NT; nt++) acc[0][nt][2 * half] *= before, acc[0][nt][2 * half + 1] *= before;
         }
-        __syncthreads();
-        if (out.active) {
-            float acc[out.MT][out.NT][4] = {};
-            product<false, false, NP>(acc, queries, out.row, rounded, out.col);
+        product(acc, scores, values, 0, pairs.row + 16);
+        if (d != nullptr) {
 #pragma unroll
             for (int mt = 0; mt < out.MT; mt++)
 #pragma unroll
-                for (int nt = 0; nt < out.NT; nt++)
+                for (int nt = 0; nt < out.NT; nt++) {
+                    i64 p = out.col_of(nt, 0), col = work.col + p;
+                    float skip[2] = {p < work.channels ? d[s.d_per_channel ? col : work.head] : 0.0f,
+                                     p + 1 < work.channels ? d[s.d_per_channel ? col + 1 : work.head] : 0.0f};
 #pragma unroll
-                    for (int e = 0; e < 4; e++) acc[mt][nt][e] *= now.before[out.row_of(mt, e)];
-            product<false, true, Q>(acc, scores, out.row, values, out.col);
+                    for (int e = 0; e < 4; e += 2) {
+                        f32x2 in = values.pair(out.row_of(mt, e), p);
+                        acc[mt][nt][e] += in.x * skip[0], acc[mt][nt][e + 1] += in.y * skip[1];
+                    }
+                }
+        }
+        if (spread.active) {
+            scale(state, now.whole());
+            auto weight = [&](int t) { return now.delta[t] * now.after(t); };
+            product<true, true, Q>(state, values, spread.row, keys, spread.col, NP, 0, weight);
+        }
+        __syncthreads();
+        if (STAGES == 1 && i + 1 < work.chunks) fetch(i + 1);
+        if (GATE) {
 #pragma unroll
             for (int mt = 0; mt < out.MT; mt++)
 #pragma unroll
@@ -272,26 +301,18 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
                         if (t >= rows || p >= work.channels) continue;
                         bool two = p + 1 < work.channels;
                         i64 row = first + t, col = work.col + p;
-                        float v[2] = {acc[mt][nt][e], acc[mt][nt][e + 1]};
-                        if (d != nullptr) {
-                            f32x2 in = values.pair(t, p);
-                            v[0] += in.x * d[s.d_per_channel ? col : work.head];
-                            if (two) v[1] += in.y * d[s.d_per_channel ? col + 1 : work.head];
-                        }
+                        f32x2 gate = load_pair(z.row(row) + col, true, two);
+                        float &v0 = acc[mt][nt][e], &v1 = acc[mt][nt][e + 1];
                         if (dy.present()) {
-                            f32x2 gate = load_pair(z.row(row) + col, true, two), up = load_pair(dy.row(row) + col, true, two);
-                            if (dz.present()) store_pair(dz.row(row) + col, true, two, up.x * v[0] * dsilu(gate.x), up.y * v[1] * dsilu(gate.y));
-                            store_pair(d_sum.row(row) + col, true, two, up.x * silu(gate.x), up.y * silu(gate.y));
-                        } else {
-                            if (z.present()) {
-                                f32x2 gate = load_pair(z.row(row) + col, true, two);
-                                v[0] *= silu(gate.x), v[1] *= silu(gate.y);
-                            }
-                            store_pair(y.row(row) + col, true, two, v[0], v[1]);
+                            f32x2 up = load_pair(dy.row(row) + col, true, two);
+                            if (dz.present()) store_pair(dz.row(row) + col, true, two, up.x * v0 * dsilu(gate.x), up.y * v1 * dsilu(gate.y));
+                            v0 = up.x, v1 = up.y;
                         }
+                        v0 *= silu(gate.x), v1 *= silu(gate.y);
                     }
         }
-        __syncthreads();
+        Mat<T> to = GATE && dy.present() ? d_sum : y;
+        store_result(to.row(first) + work.col, to.stride, acc, out, rows, work.channels);
     }
-    if (outgoing.present()) store_state(state, spread, outgoing.row(work.slot) + offset, work.channels, s);
+    if (outgoing.present()) store_result(outgoing.row(work.slot) + offset, d_state, state, spread, work.channels, d_state);
 }

@@ -19,9 +19,9 @@
 //
 // See kernel_tiles.cu for macros.
 
-typedef Spread<Q, Q> PairSpread;
-typedef Spread<Q, PT> ChannelSpread;
-typedef Spread<Q, NP> KeySpread;
+typedef Spread<Q, Q, 4> PairSpread;
+typedef Spread<Q, PT, 2> ChannelSpread;
+typedef Spread<Q, NP, 2> KeySpread;
 
 // Adds the sum over a row's columns that this thread's quad holds: sums[warp_col][row].
 template <class S>
@@ -38,21 +38,6 @@ DEVICE float add_up(const float (*sums)[Q], int t) {
     return sum;
 }
 
-// A row of dB or dC, or of its part.
-template <class E>
-DEVICE void store_keys(E* to, i64 stride, const float (&acc)[KeySpread::MT][KeySpread::NT][4], const KeySpread& spread, i64 rows, i64 cols) {
-    if (!spread.active) return;
-#pragma unroll
-    for (int mt = 0; mt < KeySpread::MT; mt++)
-#pragma unroll
-        for (int nt = 0; nt < KeySpread::NT; nt++)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                int t = spread.row_of(mt, e), n = spread.col_of(nt, e);
-                if (t < rows) store_pair(to + t * stride + n, n < cols, n + 1 < cols, acc[mt][nt][e], acc[mt][nt][e + 1]);
-            }
-}
-
 // Sums over the rows of the chunk, a value for each head (or, for D per channel, each channel), go to row `slot` of
 // `part_a`, `part_bias` and `part_d`. blockIdx.x is the chunk's slot, blockIdx.y the group and, where a group's heads are split, which part of them. The parts'
 // dB and dC then go to `split_b` and `split_c`: [splits, tokens, G N].
@@ -64,12 +49,18 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
     DYNAMIC_SHARED(memory);
     unsigned char* next = memory;
     Tile<Q, NP> keys{reinterpret_cast<bf16*>(next)}, queries{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
-    Tile<Q, PT> values{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)}, ups{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)};
-    Tile<PT, NP> state{reinterpret_cast<bf16*>(next += Tile<Q, PT>::BYTES)}, gradient{reinterpret_cast<bf16*>(next += Tile<PT, NP>::BYTES)};
-    Tile<Q, Q> scores{reinterpret_cast<bf16*>(next += Tile<PT, NP>::BYTES)};
-    __shared__ ChunkSteps now;
-    // Row and column sums of M, Δ of j inside; x G · B and dy S · C of each row; dy · x of each row.
-    __shared__ float row_sums[WARPS][Q], col_sums[WARPS][Q], key_sums[WARPS][Q], query_sums[WARPS][Q], diagonal[Q], state_sums[WARPS];
+    Tile<Q, Q> scores{reinterpret_cast<bf16*>(next += Tile<Q, NP>::BYTES)};
+    // What changes with the head and the channels, in STAGES buffers.
+    constexpr int STAGE = 2 * Tile<Q, PT>::BYTES + 2 * Tile<PT, NP>::BYTES;
+    unsigned char* stages = next + Tile<Q, Q>::BYTES;
+    // Steps are read for longer than tiles.
+    __shared__ ChunkSteps chunk_steps[3];
+    // Row sums of M Δ and column sums of M; x G · B and dy S · C of each row; dy · x of each row; S · G. A warp adds them up
+    // while the next ones are found.
+    __shared__ float row_sums[2][WARPS][Q], col_sums[2][WARPS][Q], key_sums[2][WARPS][Q], query_sums[2][WARPS][Q];
+    __shared__ float diagonal[2][Q], state_sums[2][WARPS];
+    // Of the tiles of a head before.
+    __shared__ float sums_so_far[4][Q], more_so_far[2][WARP];
 
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     i64 slot = blockIdx.x, group = blockIdx.y / splits, split = blockIdx.y % splits;
@@ -98,36 +89,131 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                 part_d[slot * s.heads * s.headdim + i] = 0.0f;
         return;
     }
-    i64 first = chunk.first, rows = chunk.end - chunk.first;
-    load_tile(keys, b.data + first * b.stride + group_col, b.stride, rows, s.d_state);
-    load_tile(queries, c.data + first * c.stride + group_col, c.stride, rows, s.d_state);
+    i64 first = chunk.first;
+    int rows = static_cast<int>(chunk.end - first), d_state = static_cast<int>(s.d_state), headdim = static_cast<int>(s.headdim);
+    Steps steps{delta, cum, rest};
+    // Item i of the block's work: the channels from i % tiles · PT on of head i / tiles.
+    int tiles = (headdim + PT - 1) / PT, items = head_end > head ? static_cast<int>(head_end - head) * tiles : 0;
+    auto fetch = [&](int i) {
+        int channel = i % tiles * PT, channels = headdim - channel < PT ? headdim - channel : PT;
+        i64 h = head + i / tiles, col = h * s.headdim + channel, at = (slot * s.heads * s.headdim + col) * s.d_state;
+        unsigned char* to = stages + i % STAGES * STAGE;
+        fetch_steps(chunk_steps[i % 3], steps, slot, s.heads, h);
+        fetch_tile(Tile<Q, PT>{reinterpret_cast<bf16*>(to)}, x.data + first * x.stride + col, x.stride, rows, channels);
+        fetch_tile(Tile<Q, PT>{reinterpret_cast<bf16*>(to += Tile<Q, PT>::BYTES)}, dy.data + first * dy.stride + col, dy.stride, dy.present() ? rows : 0, channels);
+        fetch_tile(Tile<PT, NP>{reinterpret_cast<bf16*>(to += Tile<Q, PT>::BYTES)}, chunk_states + at, s.d_state, channels, d_state);
+        fetch_tile(Tile<PT, NP>{reinterpret_cast<bf16*>(to += Tile<PT, NP>::BYTES)}, chunk_gradients + at, s.d_state, channels, d_state);
+        copy_async_commit();
+    };
+    fetch_tile(keys, b.data + first * b.stride + group_col, b.stride, rows, d_state);
+    fetch_tile(queries, c.data + first * c.stride + group_col, c.stride, rows, d_state);
+    copy_async_commit();
+    if (STAGES > 1 && items > 0) {
+        fetch(0);
+        copy_async_wait<1>();
+    } else {
+        copy_async_wait<0>();
+    }
     __syncthreads();
 
-    PairSpread pairs;
-    ChannelSpread channel_spread;
-    KeySpread key_spread;
-    float similar[PairSpread::MT][PairSpread::NT][4] = {}, mixed[PairSpread::MT][PairSpread::NT][4] = {};
-    float dkeys[KeySpread::MT][KeySpread::NT][4] = {}, dqueries[KeySpread::MT][KeySpread::NT][4] = {};
-    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col);
+    PairSpread pairs(warp);
+    ChannelSpread channel_spread(warp);
+    KeySpread key_spread(warp);
+    PairSpread::Acc similar = {}, mixed = {};
+    KeySpread::Acc dkeys = {}, dqueries = {};
+    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col, pairs.row + PairSpread::MT * 16);
 
-    Steps steps{delta, cum, rest};
-    for (; head < head_end; head++) {
-        // Sums of the rows of this thread in warp 0, over the tiles of channels.
+    // What is left once the products of item i are done: sums of rows, and with the last channels of a head the gradient of
+    // its steps. For one warp, lane l of which has the rows from l · EACH on.
+    auto finish = [&](int i) {
         constexpr int EACH = Q < WARP ? 1 : Q / WARP;
+        i64 h = head + i / tiles;
+        const ChunkSteps& now = chunk_steps[i % 3];
         float rows_of_m[EACH] = {}, cols_of_m[EACH] = {}, from_keys[EACH] = {}, from_queries[EACH] = {}, states_product = 0.0f, skip = 0.0f;
-        for (i64 channel = 0; channel < s.headdim; channel += PT) {
-            i64 channels = s.headdim - channel < PT ? s.headdim - channel : PT, col = head * s.headdim + channel;
-            if (channel == 0) load_steps(now, steps, slot, s.heads, head);
-            load_tile(values, x.data + first * x.stride + col, x.stride, rows, channels);
-            load_tile(ups, dy.data + first * dy.stride + col, dy.stride, dy.present() ? rows : 0, channels);
-            i64 at = (slot * s.heads * s.headdim + col) * s.d_state;
-            load_tile(state, chunk_states + at, s.d_state, channels, s.d_state);
-            load_tile(gradient, chunk_gradients + at, s.d_state, channels, s.d_state);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int t = lane * EACH + e;
+            if (t >= Q) continue;
+            rows_of_m[e] = add_up<PairSpread::WN>(row_sums[i % 2], t);
+            cols_of_m[e] = add_up<PairSpread::WM>(col_sums[i % 2], t);
+            from_keys[e] = add_up<ChannelSpread::WN>(key_sums[i % 2], t);
+            from_queries[e] = add_up<KeySpread::WN>(query_sums[i % 2], t);
+            skip += diagonal[i % 2][t];
+            if (tiles > 1) {
+                bool begun = i % tiles > 0;
+                float* sums[4] = {&rows_of_m[e], &cols_of_m[e], &from_keys[e], &from_queries[e]};
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (begun) *sums[k] += sums_so_far[k][t];
+                    sums_so_far[k][t] = *sums[k];
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) states_product += state_sums[i % 2][k];
+        if (tiles > 1) {
+            if (i % tiles > 0) states_product += more_so_far[0][lane], skip += more_so_far[1][lane];
+            more_so_far[0][lane] = states_product, more_so_far[1][lane] = skip;
+            if (i % tiles + 1 < tiles) return;
+        }
+        // From the chunk's start: what passed the rows before; from its end: what passes to the rows from here on.
+        float ahead = 0.0f, behind = 0.0f, delta_of[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int t = lane * EACH + e;
+            delta_of[e] = t < Q ? now.delta[t] : 0.0f;
+            ahead += delta_of[e] * from_keys[e];
+            behind += from_queries[e] + rows_of_m[e] - delta_of[e] * cols_of_m[e];
+        }
+        float before = ahead, after = behind;
+#pragma unroll
+        for (int lanes = 1; lanes < WARP; lanes *= 2) {
+            float one = __shfl_up_sync(0xffffffffu, before, lanes), two = __shfl_down_sync(0xffffffffu, after, lanes);
+            if (lane >= lanes) before += one;
+            if (lane + lanes < WARP) after += two;
+        }
+        before -= ahead;
+        float sum_a = 0.0f, sum_bias = 0.0f;
+        i64 at = (slot * s.heads + h) * Q;
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int t = lane * EACH + e;
+            if (t >= rows || t >= Q) continue;
+            float dlog = now.whole() * states_product + before + after;
+            before += delta_of[e] * from_keys[e];
+            after -= from_queries[e] + rows_of_m[e] - delta_of[e] * cols_of_m[e];
+            sum_a += delta_of[e] * dlog;
+            float out = (a[h] * dlog + cols_of_m[e] + from_keys[e]) * slope[at + t];
+            sum_bias += out;
+            if (ddt.present()) set(ddt.row(first + t)[h], out);
+        }
+        sum_a = warp_sum(sum_a), sum_bias = warp_sum(sum_bias), skip = warp_sum(skip);
+        if (lane == 0) {
+            if (part_a != nullptr) part_a[slot * s.heads + h] = sum_a;
+            if (part_bias != nullptr) part_bias[slot * s.heads + h] = sum_bias;
+            if (part_d != nullptr && !s.d_per_channel) part_d[slot * s.heads + h] = skip;
+        }
+    };
+    for (int i = 0; i < items; i++) {
+        int channel = i % tiles * PT, channels = headdim - channel < PT ? headdim - channel : PT;
+        i64 h = head + i / tiles, col = h * s.headdim + channel;
+        if (STAGES == 1) {
             __syncthreads();
+            fetch(i);
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+        if (STAGES > 1 && i + 1 < items) fetch(i + 1);
+        if (i > 0 && warp == (i - 1) / tiles % WARPS) finish(i - 1);
+        const ChunkSteps& now = chunk_steps[i % 3];
+        unsigned char* stage = stages + i % STAGES * STAGE;
+        Tile<Q, PT> values{reinterpret_cast<bf16*>(stage)}, ups{reinterpret_cast<bf16*>(stage + Tile<Q, PT>::BYTES)};
+        Tile<PT, NP> state{reinterpret_cast<bf16*>(stage + 2 * Tile<Q, PT>::BYTES)};
+        Tile<PT, NP> gradient{reinterpret_cast<bf16*>(stage + 2 * Tile<Q, PT>::BYTES + Tile<PT, NP>::BYTES)};
 
             if (pairs.active) {
-                float acc[PairSpread::MT][PairSpread::NT][4] = {};
-                product<false, false, PT>(acc, ups, pairs.row, values, pairs.col);
+                PairSpread::Acc acc = {};
+                product<false, false, PT>(acc, ups, pairs.row, values, pairs.col, pairs.row + PairSpread::MT * 16);
                 float down[PairSpread::NT][2] = {};
 #pragma unroll
                 for (int mt = 0; mt < PairSpread::MT; mt++)
@@ -142,7 +228,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                             for (int k = 0; k < 2; k++) {
                                 int e = 2 * half + k, j = pairs.col_of(nt, e);
                                 float decay = t >= j ? now.decay(t, j) : 0.0f, m = acc[mt][nt][e] * decay;
-                                if (t == j) diagonal[t] = acc[mt][nt][e];
+                                if (t == j) diagonal[i % 2][t] = acc[mt][nt][e];
                                 score[k] = similar[mt][nt][e] * decay;
                                 mixed[mt][nt][e] += m * now.delta[j];
                                 m *= similar[mt][nt][e];
@@ -151,7 +237,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                             }
                             scores.set_pair(t, pairs.col_of(nt, 0), score[0], score[1]);
                         }
-                        put_row_sum(row_sums, pairs, mt, half, across);
+                        put_row_sum(row_sums[i % 2], pairs, mt, half, across);
                     }
 #pragma unroll
                 for (int nt = 0; nt < PairSpread::NT; nt++)
@@ -160,18 +246,18 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                         float v = down[nt][k];
 #pragma unroll
                         for (int lanes = 4; lanes < WARP; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
-                        if (lane < 4) col_sums[pairs.warp_row][pairs.col_of(nt, k)] = v;
+                        if (lane < 4) col_sums[i % 2][pairs.warp_row][pairs.col_of(nt, k)] = v;
                     }
             }
             if (key_spread.active) {
-                float acc[KeySpread::MT][KeySpread::NT][4] = {};
+                KeySpread::Acc acc = {};
                 product<false, true, PT>(acc, ups, key_spread.row, state, key_spread.col);
 #pragma unroll
                 for (int mt = 0; mt < KeySpread::MT; mt++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int t = key_spread.row_of(mt, 2 * half);
-                        float factor = now.before[t], across = 0.0f;
+                        float factor = now.before(t), across = 0.0f;
 #pragma unroll
                         for (int nt = 0; nt < KeySpread::NT; nt++) {
                             f32x2 query = queries.pair(t, key_spread.col_of(nt, 0));
@@ -179,18 +265,18 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                             dqueries[mt][nt][2 * half] += v0, dqueries[mt][nt][2 * half + 1] += v1;
                             across += v0 * query.x + v1 * query.y;
                         }
-                        put_row_sum(query_sums, key_spread, mt, half, across);
+                        put_row_sum(query_sums[i % 2], key_spread, mt, half, across);
                     }
             }
             if (key_spread.active) {
-                float acc[KeySpread::MT][KeySpread::NT][4] = {};
+                KeySpread::Acc acc = {};
                 product<false, true, PT>(acc, values, key_spread.row, gradient, key_spread.col);
 #pragma unroll
                 for (int mt = 0; mt < KeySpread::MT; mt++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int t = key_spread.row_of(mt, 2 * half);
-                        float factor = now.after[t] * now.delta[t];
+                        float factor = now.after(t) * now.delta[t];
 #pragma unroll
                         for (int nt = 0; nt < KeySpread::NT; nt++)
 #pragma unroll
@@ -203,18 +289,18 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                 sum += one.x * two.x + one.y * two.y;
             }
             sum = warp_sum(sum);
-            if (lane == 0) state_sums[warp] = sum;
+            if (lane == 0) state_sums[i % 2][warp] = sum;
             __syncthreads();
 
             if (channel_spread.active) {
-                float acc[ChannelSpread::MT][ChannelSpread::NT][4] = {};
+                ChannelSpread::Acc acc = {};
                 product<false, false, NP>(acc, keys, channel_spread.row, gradient, channel_spread.col);
 #pragma unroll
                 for (int mt = 0; mt < ChannelSpread::MT; mt++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         int t = channel_spread.row_of(mt, 2 * half);
-                        float factor = now.after[t], across = 0.0f;
+                        float factor = now.after(t), across = 0.0f;
 #pragma unroll
                         for (int nt = 0; nt < ChannelSpread::NT; nt++) {
                             f32x2 in = values.pair(t, channel_spread.col_of(nt, 0));
@@ -222,93 +308,36 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                             v0 *= factor, v1 *= factor;
                             across += v0 * in.x + v1 * in.y;
                         }
-                        put_row_sum(key_sums, channel_spread, mt, half, across);
+                        put_row_sum(key_sums[i % 2], channel_spread, mt, half, across);
                     }
-                product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col);
-                if (dx.present()) {
+                product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col, PT, channel_spread.row);
 #pragma unroll
-                    for (int mt = 0; mt < ChannelSpread::MT; mt++)
+                for (int mt = 0; mt < ChannelSpread::MT; mt++)
 #pragma unroll
-                        for (int nt = 0; nt < ChannelSpread::NT; nt++)
+                    for (int e = 0; e < 4; e += 2) {
+                        int t = channel_spread.row_of(mt, e);
+                        float step = now.delta[t];
 #pragma unroll
-                            for (int e = 0; e < 4; e += 2) {
-                                int t = channel_spread.row_of(mt, e), p = channel_spread.col_of(nt, e);
-                                if (t >= rows || p >= channels) continue;
-                                bool two = p + 1 < channels;
-                                float v0 = now.delta[t] * acc[mt][nt][e], v1 = now.delta[t] * acc[mt][nt][e + 1];
-                                if (d != nullptr) {
-                                    f32x2 up = ups.pair(t, p);
-                                    v0 += up.x * d[s.d_per_channel ? col + p : head];
-                                    if (two) v1 += up.y * d[s.d_per_channel ? col + p + 1 : head];
-                                }
-                                store_pair(dx.row(first + t) + col + p, true, two, v0, v1);
-                            }
-                }
+                        for (int nt = 0; nt < ChannelSpread::NT; nt++) {
+                            acc[mt][nt][e] *= step, acc[mt][nt][e + 1] *= step;
+                            if (d == nullptr) continue;
+                            int p = channel_spread.col_of(nt, 0);
+                            f32x2 up = ups.pair(t, p);
+                            if (p < channels) acc[mt][nt][e] += up.x * d[s.d_per_channel ? col + p : h];
+                            if (p + 1 < channels) acc[mt][nt][e + 1] += up.y * d[s.d_per_channel ? col + p + 1 : h];
+                        }
+                    }
+                if (dx.present()) store_result(dx.row(first) + col, dx.stride, acc, channel_spread, rows, channels);
             }
             if (part_d != nullptr && s.d_per_channel && threadIdx.x < channels) {
                 float total = 0.0f;
                 for (int t = 0; t < rows; t++) total += ups.value(t, threadIdx.x) * values.value(t, threadIdx.x);
                 part_d[slot * s.heads * s.headdim + col + threadIdx.x] = total;
             }
-            __syncthreads();
-            if (warp == 0) {
-#pragma unroll
-                for (int e = 0; e < EACH; e++) {
-                    int t = lane * EACH + e;
-                    if (t >= Q) continue;
-                    rows_of_m[e] += add_up<PairSpread::WN>(row_sums, t);
-                    cols_of_m[e] += add_up<PairSpread::WM>(col_sums, t);
-                    from_keys[e] += add_up<ChannelSpread::WN>(key_sums, t);
-                    from_queries[e] += add_up<KeySpread::WN>(query_sums, t);
-                    skip += diagonal[t];
-                }
-#pragma unroll
-                for (int i = 0; i < WARPS; i++) states_product += state_sums[i];
-            }
-        }
-        if (warp == 0) {
-            // From the chunk's start: what passed the rows before; from its end: what passes to the rows from here on.
-            float ahead = 0.0f, behind = 0.0f, delta_of[EACH];
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                int t = lane * EACH + e;
-                delta_of[e] = t < Q ? now.delta[t] : 0.0f;
-                ahead += delta_of[e] * from_keys[e];
-                behind += from_queries[e] + rows_of_m[e] - delta_of[e] * cols_of_m[e];
-            }
-            float before = ahead, after = behind;
-#pragma unroll
-            for (int lanes = 1; lanes < WARP; lanes *= 2) {
-                float one = __shfl_up_sync(0xffffffffu, before, lanes), two = __shfl_down_sync(0xffffffffu, after, lanes);
-                if (lane >= lanes) before += one;
-                if (lane + lanes < WARP) after += two;
-            }
-            before -= ahead;
-            float sum_a = 0.0f, sum_bias = 0.0f;
-            i64 at = (slot * s.heads + head) * Q;
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                int t = lane * EACH + e;
-                if (t >= rows || t >= Q) continue;
-                float dlog = now.whole() * states_product + before + after;
-                before += delta_of[e] * from_keys[e];
-                after -= from_queries[e] + rows_of_m[e] - delta_of[e] * cols_of_m[e];
-                sum_a += delta_of[e] * dlog;
-                float out = (a[head] * dlog + cols_of_m[e] + from_keys[e]) * slope[at + t];
-                sum_bias += out;
-                if (ddt.present()) set(ddt.row(first + t)[head], out);
-            }
-            sum_a = warp_sum(sum_a), sum_bias = warp_sum(sum_bias), skip = warp_sum(skip);
-            if (lane == 0) {
-                if (part_a != nullptr) part_a[slot * s.heads + head] = sum_a;
-                if (part_bias != nullptr) part_bias[slot * s.heads + head] = sum_bias;
-                if (part_d != nullptr && !s.d_per_channel) part_d[slot * s.heads + head] = skip;
-            }
-        }
-        // `now` is filled anew.
-        __syncthreads();
     }
 
+    __syncthreads();
+    if (items > 0 && warp == (items - 1) / tiles % WARPS) finish(items - 1);
     if (pairs.active) {
 #pragma unroll
         for (int mt = 0; mt < PairSpread::MT; mt++)
@@ -325,11 +354,11 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
     }
     if (splits > 1) {
         i64 at = (split * s.tokens + first) * width + group_col;
-        if (db.present()) store_keys(split_b + at, width, dkeys, key_spread, rows, s.d_state);
-        if (dc.present()) store_keys(split_c + at, width, dqueries, key_spread, rows, s.d_state);
+        if (db.present()) store_result(split_b + at, width, dkeys, key_spread, rows, d_state);
+        if (dc.present()) store_result(split_c + at, width, dqueries, key_spread, rows, d_state);
     } else {
-        if (db.present()) store_keys(db.row(first) + group_col, db.stride, dkeys, key_spread, rows, s.d_state);
-        if (dc.present()) store_keys(dc.row(first) + group_col, dc.stride, dqueries, key_spread, rows, s.d_state);
+        if (db.present()) store_result(db.row(first) + group_col, db.stride, dkeys, key_spread, rows, d_state);
+        if (dc.present()) store_result(dc.row(first) + group_col, dc.stride, dqueries, key_spread, rows, d_state);
     }
 }
 

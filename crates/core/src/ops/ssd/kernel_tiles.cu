@@ -5,10 +5,12 @@
 // but for those below the precision of f32: six instead of one.
 //
 // Macros: T type of activations; SPLIT 1 for bf16, 3 for f32; Q rows of a chunk; PT channels of a head that a block handles;
-// NP the state size rounded up to a power of two, at least 16; V elements that one access of a row of x, B or C takes.
+// NP the state size rounded up to a power of two, at least 16; V elements that one access of a row of x, B or C takes;
+// THREADS of a block.
 
-#define THREADS 256
 #define WARPS (THREADS / WARP)
+// Rows go to shared memory as they are, without a thread's registers.
+#define ASYNC (SPLIT == 1 && V == 8)
 
 // Sizes that are known when a kernel is launched.
 struct Sizes {
@@ -99,58 +101,55 @@ struct Tile {
     }
 };
 
-// V elements as they are, from global to shared memory.
-DEVICE void copy_vector(bf16* to, const bf16* from) {
-    if constexpr (V == 8) *reinterpret_cast<u32x4*>(to) = *reinterpret_cast<const u32x4*>(from);
-    else if constexpr (V == 4) *reinterpret_cast<u32x2*>(to) = *reinterpret_cast<const u32x2*>(from);
-    else if constexpr (V == 2) *reinterpret_cast<u32*>(to) = *reinterpret_cast<const u32*>(from);
-    else *to = *from;
-}
-template <class E>
-DEVICE void copy_vector(bf16*, const E*) {}
-
-// Rows `stride` apart into a tile: `rows` of them, `cols` numbers each, zeros in the rest.
+// V elements, or zeros.
 template <class Tile>
-DEVICE void load_tile(Tile tile, const T* from, i64 stride, i64 rows, i64 cols) {
-    for (int i = threadIdx.x * V; i < Tile::ROWS * Tile::COLS; i += THREADS * V) {
-        int r = i / Tile::COLS, c = i % Tile::COLS;
-        if (SPLIT == 1 && r < rows && c < cols) {
-            copy_vector(tile.data + r * Tile::LD + c, from + r * stride + c);
-        } else {
-            float v[V] = {};
-            if (r < rows && c < cols) load<V>(v, from + r * stride + c);
-            tile.set_vector(r, c, v);
-        }
+DEVICE void fetch_vector(Tile tile, const T* from, int r, int c, bool there) {
+    if constexpr (ASYNC) {
+        bf16* to = tile.data + r * Tile::LD + c;
+        if (there) copy_async16(to, from); else *reinterpret_cast<u32x4*>(to) = u32x4{0, 0, 0, 0};
+    } else {
+        float v[V] = {};
+        if (there) load<V>(v, from);
+        tile.set_vector(r, c, v);
     }
 }
 
-// As above, row r times scale[r].
+// Rows `stride` apart into a tile: `rows` of them, `cols` numbers each, zeros in the rest. They are there once the thread has
+// waited for its asynchronous copies.
 template <class Tile>
-DEVICE void load_scaled(Tile tile, const T* from, i64 stride, i64 rows, i64 cols, const float* scale) {
-    for (int i = threadIdx.x * V; i < Tile::ROWS * Tile::COLS; i += THREADS * V) {
-        int r = i / Tile::COLS, c = i % Tile::COLS;
-        float v[V] = {};
-        if (r < rows && c < cols) {
-            load<V>(v, from + r * stride + c);
-#pragma unroll
-            for (int k = 0; k < V; k++) v[k] *= scale[r];
+DEVICE void fetch_tile(Tile tile, const T* from, i64 stride, int rows, int cols) {
+    constexpr int STEP = THREADS * V / Tile::COLS;
+    if constexpr (STEP > 0) {
+        // A thread keeps to its column.
+        int r = threadIdx.x * V / Tile::COLS, c = threadIdx.x * V % Tile::COLS;
+        if (r >= Tile::ROWS) return;
+        from += r * stride + c;
+#pragma unroll 4
+        for (int k = 0; k < Tile::ROWS; k += STEP) {
+            if (Tile::ROWS % STEP != 0 && r + k >= Tile::ROWS) break;
+            fetch_vector(tile, from, r + k, c, r + k < rows && c < cols);
+            from += STEP * stride;
         }
-        tile.set_vector(r, c, v);
+    } else {
+        for (int i = threadIdx.x * V; i < Tile::ROWS * Tile::COLS; i += THREADS * V) {
+            int r = i / Tile::COLS, c = i % Tile::COLS;
+            fetch_vector(tile, from + r * stride + c, r, c, r < rows && c < cols);
+        }
     }
 }
 
 // --- products ---------------------------------------------------------------------------------------------------------
 
 // How the warps of a block share an R x C result: WM x WN of them, MT x NT tiles of 16 x 8 each.
-template <int R, int C>
+template <int R, int C, int MOST = WARPS>
 struct Spread {
-    static constexpr int WM = R / 16 < 4 ? R / 16 : 4;
+    static constexpr int WM = R / 16 < MOST ? R / 16 : MOST;
     static constexpr int WN = WARPS / WM < C / 16 ? WARPS / WM : C / 16;
     static constexpr int MT = R / 16 / WM, NT = C / 8 / WN;
+    typedef float Acc[MT][NT][4];
     int row, col, warp_row, warp_col;
     bool active;
-    DEVICE Spread() {
-        int warp = threadIdx.x / WARP;
+    DEVICE explicit Spread(int warp) {
         warp_row = warp % WM, warp_col = warp / WM;
         row = warp_row * MT * 16, col = warp_col * NT * 8;
         active = warp < WM * WN;
@@ -160,15 +159,40 @@ struct Spread {
     DEVICE int col_of(int nt, int e) const { return col + nt * 8 + threadIdx.x % 4 * 2 + e % 2; }
 };
 
-// acc += A · B for the rows of the result from `m` and its columns from `n` on. A is stored by rows, [m, k], or, with A_T,
-// [k, m]; B is stored [n, k] or, with B_T, [k, n].
-template <bool A_T, bool B_T, int K, class TileA, class TileB, int MT, int NT>
-DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n) {
+// Two f32 as SPLIT pairs of bf16.
+DEVICE void split_pair(u32* to, int step, float x, float y) {
+#pragma unroll
+    for (int i = 0; i < SPLIT; i++) {
+        u32 two = pack_bf16(x, y);
+        to[i * step] = two;
+        x -= bf16_lo(two), y -= bf16_hi(two);
+    }
+}
+
+struct Unweighted {
+    DEVICE float operator()(int) const { return 1.0f; }
+};
+template <class W>
+struct IsWeighted {
+    static constexpr bool VALUE = true;
+};
+template <>
+struct IsWeighted<Unweighted> {
+    static constexpr bool VALUE = false;
+};
+
+// acc += A · diag(weight) · B over k in [k_from, k_to) for the rows of the result from `m` and its columns from `n` on, those
+// below `n_to`; limits are multiples of 16. A is stored by rows, [m, k], or, with A_T, [k, m]; B is stored [n, k] or, with
+// B_T, [k, n].
+template <bool A_T, bool B_T, int K, class TileA, class TileB, int MT, int NT, class W = Unweighted>
+DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, int n_to = 1 << 20, int k_from = 0,
+                    W weight = W()) {
     int lane = threadIdx.x % WARP, row = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
     const bf16* pa = A_T ? a.data + (third + row) * TileA::LD + m + second : a.data + (m + second + row) * TileA::LD + third;
     const bf16* pb = B_T ? b.data + (second + row) * TileB::LD + n + third : b.data + (n + third + row) * TileB::LD + second;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
+        if (k < k_from) continue;
         u32 fa[SPLIT][MT][4];
 #pragma unroll
         for (int i = 0; i < SPLIT; i++) {
@@ -178,8 +202,25 @@ DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n) {
                 else ldmatrix_x4(fa[i][mt], pa + i * TileA::PLANE + mt * 16 * TileA::LD + k);
             }
         }
+        if constexpr (IsWeighted<W>::VALUE) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int at = k + half * 8 + lane % 4 * 2;
+                float w0 = weight(at), w1 = weight(at + 1);
+#pragma unroll
+                for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        float x = 0.0f, y = 0.0f;
+#pragma unroll
+                        for (int i = SPLIT - 1; i >= 0; i--) x += bf16_lo(fa[i][mt][e]), y += bf16_hi(fa[i][mt][e]);
+                        split_pair(&fa[0][mt][e], MT * 4, w0 * x, w1 * y);
+                    }
+            }
+        }
 #pragma unroll
         for (int nt = 0; nt < NT; nt += 2) {
+            if (n + nt * 8 >= n_to) continue;
 #pragma unroll
             for (int j = SPLIT - 1; j >= 0; j--) {
                 u32 fb[4];
@@ -191,6 +232,50 @@ DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n) {
                     for (int mt = 0; mt < MT; mt++) {
                         mma_bf16(acc[mt][nt], fa[i][mt], fb);
                         mma_bf16(acc[mt][nt + 1], fa[i][mt], fb + 2);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// A result of R x K numbers as the operand A of another product, in registers.
+template <int MT, int KT>
+struct Operand {
+    u32 parts[KT / 2][SPLIT][MT][4];
+    DEVICE void set(const float (&acc)[MT][KT][4]) {
+#pragma unroll
+        for (int k = 0; k < KT / 2; k++)
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float* from = &acc[mt][2 * k + e / 2][e % 2 * 2];
+                    split_pair(&parts[k][0][mt][e], MT * 4, from[0], from[1]);
+                }
+    }
+};
+
+// acc += A · B for an A in registers, over k below k_to; B is stored [k, n].
+template <int MT, int KT, int NT, class TileB>
+DEVICE void product(float (&acc)[MT][NT][4], const Operand<MT, KT>& a, TileB b, int n, int k_to) {
+    int lane = threadIdx.x % WARP;
+    const bf16* pb = b.data + (lane / 8 % 2 * 8 + lane % 8) * TileB::LD + n + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < KT / 2; k++) {
+        if (k * 16 >= k_to) continue;
+#pragma unroll
+        for (int nt = 0; nt < NT; nt += 2) {
+#pragma unroll
+            for (int j = SPLIT - 1; j >= 0; j--) {
+                u32 fb[4];
+                ldmatrix_x4_trans(fb, pb + j * TileB::PLANE + k * 16 * TileB::LD + nt * 8);
+#pragma unroll
+                for (int i = SPLIT - 1 - j; i >= 0; i--) {
+#pragma unroll
+                    for (int mt = 0; mt < MT; mt++) {
+                        mma_bf16(acc[mt][nt], a.parts[k][i][mt], fb);
+                        mma_bf16(acc[mt][nt + 1], a.parts[k][i][mt], fb + 2);
                     }
                 }
             }
@@ -231,6 +316,35 @@ DEVICE void store_pair(E* to, bool first, bool second, float x, float y) {
     }
 }
 
+// A result's rows to global memory, `stride` apart: the first `rows` of them, `cols` numbers each.
+template <class E, class I, class S>
+DEVICE void store_result(E* to, I stride, const typename S::Acc& acc, const S& spread, int rows, int cols) {
+    if (!spread.active) return;
+    int odd = threadIdx.x % 2;
+#pragma unroll
+    for (int mt = 0; mt < S::MT; mt++)
+#pragma unroll
+        for (int nt = 0; nt < S::NT; nt += 2)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                int r = spread.row_of(mt, e);
+                if constexpr (sizeof(E) == 2 && V >= 4) {
+                    // Neighbours trade halves, so that each has four numbers of a row and a quad fills 32 bytes.
+                    u32 one = pack_bf16(acc[mt][nt][e], acc[mt][nt][e + 1]), two = pack_bf16(acc[mt][nt + 1][e], acc[mt][nt + 1][e + 1]);
+                    u32 other = __shfl_xor_sync(0xffffffffu, odd ? one : two, 1);
+                    int c = spread.col_of(nt + odd, 0) - 2 * odd;
+                    if (r < rows && c < cols)
+                        *reinterpret_cast<u32x2*>(to + r * stride + c) = odd ? u32x2{other, two} : u32x2{one, other};
+                } else {
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        int c = spread.col_of(nt + k, 0);
+                        if (r < rows) store_pair(to + r * stride + c, c < cols, c + 1 < cols, acc[mt][nt + k][e], acc[mt][nt + k][e + 1]);
+                    }
+                }
+            }
+}
+
 // --- steps of a chunk -------------------------------------------------------------------------------------------------
 
 // What `steps` made of the chunk in each slot and head, Q numbers each: Δ; the sum of the logarithms of the decays to the
@@ -240,31 +354,25 @@ struct Steps {
 };
 
 // The steps of one chunk and head in shared memory.
-struct ChunkSteps {
-    float delta[Q], cum[Q], rest[Q];
-    // The decay from the chunk's start to a row (its own one included), and from a row to the chunk's end.
-    float before[Q], after[Q];
+struct __align__(16) ChunkSteps {
+    float delta[Q], cum[Q], rest[SPLIT > 1 ? Q : 4];
+    // The decay from after row `from` to after row `to`.
     DEVICE float decay(int to, int from) const {
         float log = cum[to] - cum[from];
         if (SPLIT > 1) log += rest[to] - rest[from];
         return ex2(log);
     }
-    DEVICE float whole() const { return before[Q - 1]; }
+    // From the chunk's start to after row t, from after row t to the chunk's end, and over all of it.
+    DEVICE float before(int t) const { return ex2(SPLIT > 1 ? cum[t] + rest[t] : cum[t]); }
+    DEVICE float after(int t) const { return decay(Q - 1, t); }
+    DEVICE float whole() const { return before(Q - 1); }
 };
 
-// Threads [0, Q) fill it.
-DEVICE void load_steps(ChunkSteps& to, const Steps& from, i64 slot, i64 heads, i64 head) {
-    int t = threadIdx.x;
-    if (t >= Q) return;
+DEVICE void fetch_steps(ChunkSteps& to, const Steps& from, i64 slot, i64 heads, i64 head) {
     i64 at = (slot * heads + head) * Q;
-    float cum = from.cum[at + t], last = from.cum[at + Q - 1], difference = last - cum;
-    to.delta[t] = from.delta[at + t];
-    to.cum[t] = cum;
-    if (SPLIT > 1) {
-        float rest = from.rest[at + t];
-        to.rest[t] = rest;
-        difference += from.rest[at + Q - 1] - rest;
-    }
-    to.before[t] = ex2(cum);
-    to.after[t] = ex2(difference);
+    int t = threadIdx.x * 4;
+    if (t >= Q) return;
+    copy_async16(to.delta + t, from.delta + at + t);
+    copy_async16(to.cum + t, from.cum + at + t);
+    if (SPLIT > 1) copy_async16(to.rest + t, from.rest + at + t);
 }
