@@ -271,8 +271,8 @@ fn without_a_gpu() {
     check(&broken);
     let source = libraries.join("old.c");
     std::fs::write(&source, "int cuInit(unsigned flags) { return 0; }").unwrap();
-    let library = libraries.join("libcuda.so.1");
-    let compiler = ["-shared", "-fPIC", "-o", arg(&library), arg(&source)];
-    assert!(std::process::Command::new("cc").args(compiler).status().unwrap().success());
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]).args([&libraries.join("libcuda.so.1"), &source]);
+    assert!(compiler.status().unwrap().success());
     check(&broken);
 }

@@ -239,7 +239,7 @@ mod tests {
             }
             Err(error) => {
                 assert!(std::env::var_os("HOGNOSE_TEST_NCCL").is_none(), "{error}");
-                assert!(error.to_string().contains("libnccl.so.2 was not found: NCCL"), "{error}");
+                assert!(error.to_string().contains("no libnccl.so.2 that can be used"), "{error}");
                 eprintln!("not tested: {error}");
             }
         }

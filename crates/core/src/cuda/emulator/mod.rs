@@ -85,7 +85,9 @@ pub(super) fn prepare(variants: &HashMap<String, Variant>) -> Result<(), Error> 
         }
     });
     for (key, result) in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        lock(&LOADED).get_or_insert_default().insert(key, Arc::new(Loaded(Mutex::new(result?))));
+        // Another test may have been faster. Its lock is the one that counts: a library is loaded once.
+        let new = Arc::new(Loaded(Mutex::new(result?)));
+        lock(&LOADED).get_or_insert_default().entry(key).or_insert(new);
     }
     Ok(())
 }
