@@ -27,12 +27,12 @@ struct Gradients {
 };
 
 struct Tile {
-    f32x2* du;      // Δ and Δx (x for the zero-order hold) [CHUNK, CB]
-    float* x;       // [CHUNK, CB] each; x becomes dx, gate becomes dz, Δ becomes d dt
+    f32x2* du;      // Δ and Δx (x for the zero-order hold) [CHUNK, PAIR_ROW]
+    float* x;       // [CHUNK, ROW] each; x becomes dx, gate becomes dz, Δ becomes d dt
     float* dy;      // before the gate
     float* gate;    // dy silu'(z)
     float* bc;      // B and C [CHUNK, 2, NP]
-    float* states;  // at the start of every SUBth step [SUBS, THREADS, NS]
+    float* states;  // at the start of every SUBth step but the last [SUBS - 1, THREADS, NS]
     float* sums;    // of dB and dC over the channels of a warp [2, WARPS, SUB, 2, NP]
     float *bias, *skip;
 
@@ -43,11 +43,11 @@ struct Tile {
             next += (count + 3) / 4 * 4;
             return p;
         };
-        du = reinterpret_cast<f32x2*>(take(2 * CHUNK * CB));
-        x = take(CHUNK * CB);
-        dy = take(CHUNK * CB);
-        gate = take(CHUNK * CB);
-        states = take(SUBS * THREADS * NS);
+        du = reinterpret_cast<f32x2*>(take(2 * CHUNK * PAIR_ROW));
+        x = take(CHUNK * ROW);
+        dy = take(CHUNK * ROW);
+        gate = take(CHUNK * ROW);
+        states = take((SUBS - 1) * THREADS * NS);
         sums = take(2 * WARPS * SUB * 2 * NP);
         bias = take(CB);
         skip = take(CB);
@@ -66,27 +66,29 @@ struct Tile {
     // For `start_grads` only Δ and dy' are needed.
     template <bool All>
     DEVICE void prepare(const Scan& scan, Mat<T> from, const Place& at, int row, int steps) {
-        constexpr int pieces = CHUNK * (CB / V), batch = 2;
-        for (int first = threadIdx.x; first < pieces; first += batch * THREADS) {
+        constexpr int pieces = Piece::of(CHUNK), batch = 2;
+        for (int first = threadIdx.x % WARP; first < pieces; first += batch * WARP) {
             float raw[batch][V] = {}, in[batch][V] = {}, d[batch][V] = {}, z[batch][V] = {};
 #pragma unroll
             for (int k = 0; k < batch; k++) {
-                int i = first + k * THREADS, step = i / (CB / V), col = i % (CB / V) * V;
-                if (step >= steps || col >= at.width) continue;
-                load<V>(raw[k], element(scan.dt, row + step, at.first + col));
-                if (All) load<V>(in[k], element(scan.x, row + step, at.first + col));
-                if (from.present()) load<V>(d[k], element(from, row + step, at.first + col));
-                if (scan.z.present()) load<V>(z[k], element(scan.z, row + step, at.first + col));
+                Piece piece(first + k * WARP);
+                if (piece.step >= steps || piece.col >= at.width) continue;
+                int step = row + piece.step, col = at.first + piece.col;
+                load<V>(raw[k], element(scan.dt, step, col));
+                if (All) load<V>(in[k], element(scan.x, step, col));
+                if (from.present()) load<V>(d[k], element(from, step, col));
+                if (scan.z.present()) load<V>(z[k], element(scan.z, step, col));
             }
 #pragma unroll
             for (int k = 0; k < batch; k++) {
-                int i = first + k * THREADS, step = i / (CB / V), col = i % (CB / V) * V, to = step * CB + col;
-                if (pieces % (batch * THREADS) != 0 && i >= pieces) break;
-                bool real = step < steps && col < at.width;
+                Piece piece(first + k * WARP);
+                if (pieces % (batch * WARP) != 0 && piece.step >= CHUNK) break;
+                bool real = piece.step < steps && piece.col < at.width;
+                int to = piece.step * ROW + piece.col;
                 float pair[2 * V], slope[V] = {};
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float delta = step_size(raw[k][v] + bias[col + v]);
+                    float delta = step_size(raw[k][v] + bias[piece.col + v]);
                     pair[2 * v] = real ? delta : 0.0f;
                     pair[2 * v + 1] = ZOH ? in[k][v] : pair[2 * v] * in[k][v];
                     if (!scan.z.present()) continue;
@@ -94,7 +96,7 @@ struct Tile {
                     if (All) slope[v] = d[k][v] * p * (1.0f + z[k][v] * (1.0f - p));
                     d[k][v] *= z[k][v] * p;
                 }
-                store<2 * V>(&du[to].x, pair);
+                store<2 * V>(&du[piece.step * PAIR_ROW + piece.col].x, pair);
                 store<V>(dy + to, d[k]);
                 if (!All) continue;
                 store<V>(x + to, in[k]);
@@ -135,17 +137,18 @@ struct Tile {
 #endif
     }
     DEVICE void write(const Scan& scan, const Gradients& to, const Place& at, int row, int steps) const {
-        for (int i = threadIdx.x; i < CHUNK * (CB / V); i += THREADS) {
-            int step = i / (CB / V), col = i % (CB / V) * V, from = step * CB + col;
-            if (step >= steps || col >= at.width) continue;
+        for (int i = threadIdx.x % WARP; i < Piece::of(CHUNK); i += WARP) {
+            Piece piece(i);
+            if (piece.step >= steps || piece.col >= at.width) continue;
+            int from = piece.step * ROW + piece.col, step = row + piece.step, col = at.first + piece.col;
             float v[V];
             load<V>(v, x + from);
-            if (to.dx.present()) store<V>(element(to.dx, row + step, at.first + col), v);
+            if (to.dx.present()) store<V>(element(to.dx, step, col), v);
             load<V>(v, gate + from);
-            if (to.dz.present()) store<V>(element(to.dz, row + step, at.first + col), v);
+            if (to.dz.present()) store<V>(element(to.dz, step, col), v);
 #pragma unroll
-            for (int k = 0; k < V; k++) v[k] = du[from + k].x;
-            if (to.ddt.present()) store<V>(element(to.ddt, row + step, at.first + col), v);
+            for (int k = 0; k < V; k++) v[k] = du[piece.step * PAIR_ROW + piece.col + k].x;
+            if (to.ddt.present()) store<V>(element(to.ddt, step, col), v);
         }
     }
 };
@@ -202,8 +205,8 @@ struct Step {
 
 // What is left to do for the element of a step: its gradients go into the tile.
 DEVICE void finish(const Place& at, Tile& tile, Walk& w, int step, int steps, float y, float by_b, float by_a) {
-    int here = step * CB + at.c;
-    f32x2 du = tile.du[here];
+    int here = step * ROW + at.c;
+    f32x2 du = tile.du[step * PAIR_ROW + at.c];
     float x = tile.x[here], dy = tile.dy[here], skip = tile.skip[at.c];
     float ddt = LN_2 * by_a;
     if (!ZOH) ddt += x * by_b;
@@ -213,7 +216,14 @@ DEVICE void finish(const Place& at, Tile& tile, Walk& w, int step, int steps, fl
     if (step < steps) w.dbias += ddt;
     tile.x[here] = (ZOH ? by_b : du.x * by_b) + skip * dy;
     tile.gate[here] *= y + skip * x;
-    tile.du[here].x = ddt;
+    tile.du[step * PAIR_ROW + at.c].x = ddt;
+}
+
+// Where the sum of dB (which = 0) or dC (1) for state n at a step stands among those of a warp. Tensor cores leave the sums
+// of four steps and of pairs of states to neighbouring lanes, which write to different banks.
+DEVICE int sum_at(int step, int which, int n) {
+    if constexpr (TENSOR) return step * 2 * NP + ((which * NP + n / 4 * 2 + n % 2 + n % 4 / 2 * 8) ^ (step % 4 * 8));
+    return (step * 2 + which) * NP + n;
 }
 
 // Ones in column 2q for the first four rows of a matrix [8, 8] and in column 2q + 1 for the others.
@@ -237,9 +247,9 @@ DEVICE void add_channels_of_warp(float* sums, const float* v, int q) {
     two_columns(ones, q);
     mma_tf32(sums, moved, ones);
 }
-DEVICE void write_channels_of_warp(float* to, const float* sums) {
+DEVICE void write_channels_of_warp(float* to, int which, const float* sums) {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    *reinterpret_cast<f32x2*>(to + t * 2 * NP + g % 4 * 4 + g / 4 * 2) = f32x2{sums[0] + sums[2], sums[1] + sums[3]};
+    *reinterpret_cast<f32x2*>(to + sum_at(t, which, g % 4 * 4 + g / 4 * 2)) = f32x2{sums[0] + sums[2], sums[1] + sums[3]};
 }
 
 // SUB steps back from step `first` on: gradients of the elements go into the tile, sums over the warp's channels into
@@ -254,14 +264,14 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
         tile.coefficients(b, scan, at, 0, row, first + k, steps);
 #pragma unroll
         for (int i = 0; i < NS; i++) h[k + 1][i] = h[k][i];
-        advance(h[k + 1], decay[k], w.a2, b, tile.du[(first + k) * CB + at.c]);
+        advance(h[k + 1], decay[k], w.a2, b, tile.du[(first + k) * PAIR_ROW + at.c]);
     }
     auto step_at = [&](int k) {
         float b[NS], c[NS];
         tile.coefficients(b, scan, at, 0, row, first + k, steps);
         tile.coefficients(c, scan, at, 1, row, first + k, steps);
-        int here = (first + k) * CB + at.c;
-        return Step(w, h[k], h[k + 1], decay[k], b, c, tile.du[here], tile.dy[here]);
+        f32x2 du = tile.du[(first + k) * PAIR_ROW + at.c];
+        return Step(w, h[k], h[k + 1], decay[k], b, c, du, tile.dy[(first + k) * ROW + at.c]);
     };
     if constexpr (TENSOR) {
         int g = threadIdx.x % WARP / 4;
@@ -287,8 +297,8 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
                 two_columns(ones, j / 2);
                 mma_tf32(by_a, both, ones);
             }
-            write_channels_of_warp(sums + four * 2 * NP, db);
-            write_channels_of_warp(sums + four * 2 * NP + NP, dc);
+            write_channels_of_warp(sums + four * 2 * NP, 0, db);
+            write_channels_of_warp(sums + four * 2 * NP, 1, dc);
         }
         __syncwarp();
 #pragma unroll
@@ -310,7 +320,7 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
                 sum_lanes<2 * NS, CH, LANES>(both, lane);
 #pragma unroll
                 for (int i = 0; i < (2 * NS > CH ? 2 * NS / CH : 1); i++)
-                    sums[((four + k) * 2 + (mine + i) / NS) * NP + at.s * NS + (mine + i) % NS] = both[i];
+                    sums[sum_at(four + k, (mine + i) / NS, at.s * NS + (mine + i) % NS)] = both[i];
             }
             sum_lanes<4, LANES, 1>(y, at.s);
             sum_lanes<4, LANES, 1>(by_b, at.s);
@@ -335,11 +345,11 @@ DEVICE float* channel_part(const Scan& scan, float* channel_parts, int row) {
 // Rows [row, row + steps) of a segment, which lie in one chunk, and their parts of dB and dC.
 DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, const Place& at, Tile& tile, Walk& w, int row,
                                int steps, int segment, float* channel_parts) {
-    __syncthreads();
     tile.prepare<true>(scan, gradients.dy, at, row, steps);
     if (row % CHUNK == 0 && row > 0) tile.prefetch_rows(scan, gradients.dy, at, row - CHUNK, CHUNK);
     float h[NS];
     at.load(h, gradients.kept.row(kept_row(row, segment)));
+    // B and C are shared; whoever is here has read those of the chunk before.
     __syncthreads();
     int subs = (steps + SUB - 1) / SUB;
     for (int sub = 0; sub + 1 < subs; sub++) {
@@ -348,7 +358,7 @@ DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, con
         for (int k = 0; k < SUB; k++) {
             float b[NS], decay[NS];
             tile.coefficients(b, scan, at, 0, row, sub * SUB + k, steps);
-            advance(h, decay, w.a2, b, tile.du[(sub * SUB + k) * CB + at.c]);
+            advance(h, decay, w.a2, b, tile.du[(sub * SUB + k) * PAIR_ROW + at.c]);
         }
     }
     for (int sub = subs - 1; sub >= 0; sub--) {
@@ -362,7 +372,14 @@ DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, con
             float sum[WIDE] = {}, more[WIDE];
 #pragma unroll
             for (int warp = 0; warp < WARPS; warp++) {
-                load<WIDE>(more, sums + ((warp * SUB + k) * 2 + which) * NP + n);
+                const float* of = sums + warp * SUB * 2 * NP;
+                if constexpr (TENSOR && WIDE == 4) {
+                    load<2>(more, of + sum_at(k, which, n));
+                    load<2>(more + 2, of + sum_at(k, which, n + 2));
+                } else {
+#pragma unroll
+                    for (int j = 0; j < WIDE; j++) more[j] = of[sum_at(k, which, n + j)];
+                }
 #pragma unroll
                 for (int j = 0; j < WIDE; j++) sum[j] += more[j];
             }
@@ -383,6 +400,7 @@ KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan s
     Walk w = {};
     at.rates(w.a2, LOG2_E);
     tile.load_vectors(scan, at);
+    __syncthreads();
     int covered = scan.segments > 0 ? scan.offsets[0] : end;
     int behind = scan.segments > 0 ? scan.offsets[scan.segments] : end;
     for (int side = 0; side < 2; side++) {
@@ -394,25 +412,26 @@ KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan s
             channel_part(scan, channel_parts, from)[i] = 0.0f;
     }
     for (int s = first_segment(scan, first); s < scan.segments; s++) {
-        int start = scan.offsets[s], stop = scan.offsets[s + 1];
-        if (start >= end && part + 1 < gridDim.y) break;
-        int from = larger(start, first), until = smaller(stop, end);
-        bool begins = start == stop ? owns_empty(scan, start, part) : from < until && from == start;
-        if (stop <= end) {
+        Span span(scan, s);
+        if (span.behind()) break;
+        if (span.stop <= span.end) {
             at.load(w.g, to.dlast.present() ? to.dlast.row(s) : nullptr);
-        } else if (from < until) {
-            int last = part_of(scan, stop - 1);
-            for (int q = last; q > part; q--) carry_on(w.g, w.a2, carried(carry, q, scan.channels), q == last, at);
+        } else if (span.from < span.until) {
+            int last = part_of(scan, span.stop - 1);
+            for (int q = last; q > blockIdx.y; q--) carry_on(w.g, w.a2, carried(carry, q, scan.channels), q == last, at);
         }
-        while (from < until) {
+        for (int until = span.until;;) {
+            // Found again every time: registers are dear in between.
+            int from = Span(scan, s).from;
+            if (from >= until) break;
             int row = larger(from, (until - 1) / CHUNK * CHUNK);
             back_through_chunk(scan, to, at, tile, w, row, until - row, s, channel_parts);
             until = row;
         }
-        if (begins && to.dinitial.present()) at.store(to.dinitial.row(s), w.g);
+        if (to.dinitial.present() && Span(scan, s).begins(scan)) at.store(to.dinitial.row(s), w.g);
     }
     if (time_parts == nullptr) return;
-    float* sums = time_parts + part * (N + 2) * scan.channels;
+    float* sums = time_parts + blockIdx.y * (N + 2) * scan.channels;
     at.store(sums, w.da);
     // A channel's lanes have summed different steps.
     sum_lanes<1, LANES, 1>(&w.dd, at.s);
@@ -436,6 +455,7 @@ KERNEL __launch_bounds__(THREADS) start_grads(Scan scan, Mat<T> dy, Mat<float> d
     float a2[NS], g[NS], sum = 0.0f;
     at.rates(a2, LOG2_E);
     tile.load_vectors(scan, at);
+    __syncthreads();
     at.load(g, stop <= end && dlast.present() ? dlast.row(s) : nullptr);
     while (first < until) {
         int row = (until - 1) / CHUNK * CHUNK, steps = until - row;
@@ -445,7 +465,7 @@ KERNEL __launch_bounds__(THREADS) start_grads(Scan scan, Mat<T> dy, Mat<float> d
         for (int four = (steps - 1) / 4 * 4; four >= 0; four -= 4) {
 #pragma unroll
             for (int step = four + 3; step >= four; step--) {
-                float c[NS], delta = tile.du[step * CB + at.c].x, d = tile.dy[step * CB + at.c];
+                float c[NS], delta = tile.du[step * PAIR_ROW + at.c].x, d = tile.dy[step * ROW + at.c];
                 tile.coefficients(c, scan, at, 1, row, step, steps);
 #pragma unroll
                 for (int i = 0; i < NS; i++) g[i] = ex2(delta * a2[i]) * (g[i] + c[i] * d);

@@ -12,6 +12,9 @@
 #define NP (LANES * NS)
 #define CB (WARPS * CH)
 #define THREADS (WARPS * WARP)
+// Rows of tiles are longer than CB, so that lanes which read a channel of several rows meet different banks.
+#define ROW (CB + 4)
+#define PAIR_ROW (CB + 2)
 
 // The operands that all kernels read, and the sizes.
 struct Scan {
@@ -63,6 +66,14 @@ struct Place {
     }
 };
 
+// A warp loads, prepares and stores its own channels, V at a time: piece number `i` of its rows. So it need not wait for
+// other warps there.
+struct Piece {
+    static DEVICE constexpr int of(int rows) { return rows * (CH / V); }
+    int step, col;
+    DEVICE explicit Piece(int i) : step(i / (CH / V)), col(threadIdx.x / WARP * CH + i % (CH / V) * V) {}
+};
+
 // The row of the kept states that belongs to row `row`, where a segment or a chunk of the pack starts: distinct, since
 // chunk and segment only grow, and below tokens / CHUNK + segments.
 DEVICE i64 kept_row(int row, int segment) { return static_cast<i64>(row / CHUNK) + segment; }
@@ -105,6 +116,23 @@ DEVICE int part_of(const Scan& scan, int row) { return static_cast<int>(static_c
 DEVICE bool owns_empty(const Scan& scan, int at, int part) {
     return smaller(part_of(scan, at), gridDim.y - 1) == part;
 }
+
+// A segment and its rows [from, until) in the block's part, which has the rows [first, end).
+struct Span {
+    int first, end, start, stop, from, until;
+
+    DEVICE Span(const Scan& scan, int segment) {
+        first = static_cast<int>(blockIdx.y * scan.part_rows);
+        end = smaller(first + scan.part_rows, scan.tokens);
+        start = scan.offsets[segment], stop = scan.offsets[segment + 1];
+        from = larger(start, first), until = smaller(stop, end);
+    }
+    // Segments from here on are those of later parts.
+    DEVICE bool behind() const { return start >= end && blockIdx.y + 1 < gridDim.y; }
+    // Whether the part has the segment's first or last row, or stands where the empty segment does.
+    DEVICE bool begins(const Scan& scan) const { return start == stop ? owns_empty(scan, start, blockIdx.y) : from < until && from == start; }
+    DEVICE bool ends(const Scan& scan) const { return start == stop ? owns_empty(scan, start, blockIdx.y) : from < until && until == stop; }
+};
 
 // Zeros in the block's columns of rows [from, to).
 DEVICE void clear_rows(Mat<T> m, int from, int to, const Place& at) {
