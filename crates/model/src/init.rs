@@ -7,13 +7,25 @@ use crate::config::{Init, ModelConfig, ParamSpec};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+/// Tensors that are in memory at once beside the model.
+const MOST_AT_ONCE: usize = 8;
+
 /// The starting values of every parameter, in the order of [`ModelConfig::parameters`].
 ///
-/// Tensors are made one by one as the iterator is advanced; each is row-major f32.
+/// Tensors are made as the iterator is advanced, a few at a time on as many threads; each is row-major f32.
 pub fn initialise(config: &ModelConfig, seed: u64) -> impl Iterator<Item = (String, Vec<f32>)> + use<> {
-    config.parameters().into_iter().map(move |p| {
-        let values = initial_values(&p, seed);
-        (p.name, values)
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_AT_ONCE);
+    let parameters = config.parameters();
+    let groups: Vec<Vec<ParamSpec>> = parameters.chunks(threads).map(<[ParamSpec]>::to_vec).collect();
+    groups.into_iter().flat_map(move |group| {
+        let values = std::thread::scope(|scope| {
+            let running: Vec<_> = group.iter().map(|p| scope.spawn(move || initial_values(p, seed))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Vec<f32>>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            running.into_iter().map(join).collect::<Vec<_>>()
+        });
+        group.into_iter().map(|p| p.name).zip(values)
     })
 }
 

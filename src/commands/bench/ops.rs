@@ -188,10 +188,9 @@ fn measure(
                 Some(values) => buffer.write(0, values),
                 None => {
                     let (low, high) = ranges[given];
-                    let draw = |i| low + (high - low) * rng::uniform(given as u32, i);
                     let tensor = plan.graph().tensor(external.tensor);
                     let (rows, cols) = (tensor.rows, tensor.cols);
-                    let values: Vec<f32> = (0..(rows * cols) as u64).map(draw).collect();
+                    let values = uniform(rows * cols, given as u32, low, high);
                     device.write_matrix(&mut buffer, 0, (tensor.dtype, tensor.layout), (rows, cols), &values);
                 }
             }
@@ -220,6 +219,23 @@ fn measure(
     }
     let cost = plan.cost();
     Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes })
+}
+
+/// `n` random numbers in [low, high), drawn by all cores.
+fn uniform(n: usize, seed: u32, low: f32, high: f32) -> Vec<f32> {
+    let mut values = vec![0.0; n];
+    let part = n.div_ceil(std::thread::available_parallelism().map_or(1, |n| n.get())).max(1);
+    std::thread::scope(|scope| {
+        for (p, values) in values.chunks_mut(part).enumerate() {
+            let first = (p * part) as u64;
+            scope.spawn(move || {
+                for (i, value) in (first..).zip(values) {
+                    *value = low + (high - low) * rng::uniform(seed, i);
+                }
+            });
+        }
+    });
+    values
 }
 
 fn show(
