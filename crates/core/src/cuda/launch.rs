@@ -337,6 +337,8 @@ impl<'a> Launcher<'a> {
     ///
     /// # Errors
     /// What the driver refuses.
+    // The address is the emulated device's, and is used on the device only, as the others'.
+    #[cfg_attr(test, allow(clippy::not_unsafe_ptr_arg_deref))]
     pub fn zero(&mut self, ptr: *mut u8, bytes: usize) -> Result<(), Error> {
         match &self.target {
             Target::Run(cuda) if bytes > 0 => {
