@@ -200,7 +200,7 @@ mod tests {
         };
         assert_eq!(shares(2, 8), [0..4, 4..8]);
         assert_eq!(shares(3, 8), [0..2, 2..5, 5..8]);
-        assert_eq!(shares(1, 5), [0..5]);
+        assert_eq!(shares(1, 5), std::slice::from_ref(&(0..5)));
     }
 
     #[test]

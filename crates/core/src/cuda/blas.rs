@@ -1,6 +1,7 @@
 //! Matrix products through cuBLASLt, with the algorithm for each shape chosen once.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
@@ -121,11 +122,10 @@ impl Blas {
             return Err(cuda_error("the workspace of the matrix product is missing".into()));
         }
         let workspace = state.workspace;
-        if !state.chosen.contains_key(&shape) {
-            let chosen = self.choose(&shape)?;
-            state.chosen.insert(shape, chosen);
-        }
-        let Some(chosen) = state.chosen.get(&shape) else { return Ok(()) };
+        let chosen = match state.chosen.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(self.choose(&shape)?),
+        };
         let alpha = 1.0f32;
         let beta = if p.start.is_some() { 1.0f32 } else { 0.0 };
         // SAFETY: descriptors and layouts live in `chosen`; addresses were checked when the plan was bound. The library

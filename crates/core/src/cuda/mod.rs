@@ -53,7 +53,7 @@ impl Properties {
     pub fn of_arch(arch: (u32, u32)) -> Properties {
         let shared = match arch {
             (8, 0) => 163 << 10,
-            (9 | 10 | 11, _) => 227 << 10,
+            (9..=11, _) => 227 << 10,
             _ => 99 << 10,
         };
         Properties { name: format!("sm_{}{}", arch.0, arch.1), arch, sms: 132, shared, l2: 50 << 20, memory: 80 << 30 }

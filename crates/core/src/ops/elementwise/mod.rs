@@ -527,7 +527,8 @@ mod tests {
         for cols in [19, 24] {
             let two = [("a", Value::random(9, cols, 1)), ("b", Value::random(9, cols, 2))];
             type Build = fn(&mut Graph, &[TensorId]) -> Result<TensorId, Error>;
-            let ops: [(Build, fn(f64, f64) -> f64); 5] = [
+            type Reference = fn(f64, f64) -> f64;
+            let ops: [(Build, Reference); 5] = [
                 (|g, t| add(g, t[0], t[1]), |a, b| a + b),
                 (|g, t| mul(g, t[0], t[1]), |a, b| a * b),
                 (|g, t| scale(g, t[0], -3.0), |a, _| -3.0 * a),

@@ -22,10 +22,12 @@ pub(crate) struct Spread {
 
 impl Spread {
     pub(crate) fn of(cols: usize) -> Spread {
-        match cols {
-            0..=WARP_WIDTH => Spread { group: 32, threads: 256 },
-            0..=BLOCK_WIDTH => Spread { group: 128, threads: 128 },
-            _ => Spread { group: 512, threads: 512 },
+        if cols <= WARP_WIDTH {
+            Spread { group: 32, threads: 256 }
+        } else if cols <= BLOCK_WIDTH {
+            Spread { group: 128, threads: 128 }
+        } else {
+            Spread { group: 512, threads: 512 }
         }
     }
 
