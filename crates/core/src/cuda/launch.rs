@@ -347,8 +347,7 @@ impl<'a> Launcher<'a> {
             }
             #[cfg(test)]
             Target::Emulate { .. } => {
-                // SAFETY: as above.
-                unsafe { ptr.write_bytes(0, bytes) };
+                emulator::zero(ptr as u64, bytes);
                 Ok(())
             }
             _ => Ok(()),

@@ -255,6 +255,11 @@ extern "C" fn report_fault(_: c_int) {
     }
 }
 
+pub(super) fn zero(address: u64, bytes: usize) {
+    // SAFETY: memory of the plan that is being run.
+    unsafe { (address as *mut u8).write_bytes(0, bytes) }
+}
+
 /// A matrix product in f64.
 pub(super) fn product(p: &Product) {
     use crate::dtype::DType;
