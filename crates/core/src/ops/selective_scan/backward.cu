@@ -403,7 +403,7 @@ KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan s
         for (i64 i = threadIdx.x; channel_parts != nullptr && i < static_cast<i64>(until - from) * 2 * N; i += THREADS)
             channel_part(scan, channel_parts, from)[i] = 0.0f;
     }
-    for (int s = first_segment(scan, first); s < scan.segments; s++) {
+    for (int s = first_segment(scan, first); s < static_cast<int>(scan.segments); s++) {
         Span span(scan, s);
         if (span.behind()) break;
         if (span.stop <= span.end) {

@@ -226,7 +226,7 @@ KERNEL __launch_bounds__(THREADS, 3) scan_parts(Scan scan, Mat<float> initial, M
     tile.begin(scan, at);
     int covered = scan.segments > 0 ? scan.offsets[0] : end;
     clear_rows(y, first, smaller(covered, end), at);
-    for (int s = first_segment(scan, first); s < scan.segments; s++) {
+    for (int s = first_segment(scan, first); s < static_cast<int>(scan.segments); s++) {
         Span span(scan, s);
         if (span.behind()) break;
         if (span.from == span.start) {
