@@ -119,11 +119,14 @@ struct Tile {
     }
     // Rows that are needed next come into the level-2 cache.
     DEVICE void prefetch_rows(const Scan& scan, Mat<T> from, const Place& at, int row, int steps) const {
-        for (int step = threadIdx.x; step < steps; step += THREADS) {
-            prefetch(element(scan.dt, row + step, at.first));
-            prefetch(element(scan.x, row + step, at.first));
-            if (from.present()) prefetch(element(from, row + step, at.first));
-            if (scan.z.present()) prefetch(element(scan.z, row + step, at.first));
+        for (int i = threadIdx.x % WARP; i < Piece::of(steps); i += WARP) {
+            Piece piece(i);
+            if (piece.col >= at.width) continue;
+            int step = row + piece.step, col = at.first + piece.col;
+            prefetch(element(scan.dt, step, col));
+            prefetch(element(scan.x, step, col));
+            if (from.present()) prefetch(element(from, step, col));
+            if (scan.z.present()) prefetch(element(scan.z, step, col));
         }
     }
     // B (which = 0) or C (1) of the thread's states at a step.
@@ -174,10 +177,9 @@ struct Walk {
     float dd, dbias;
 };
 
-// One step back: from the states before and after it to what its elements need. `in` is what multiplies the input in
-// the gradient of B (Euler: g), `dc` that of C.
+// One step back: from the states before and after it to what its element needs.
 struct Step {
-    float in[NS], db[NS], dc[NS];
+    float db[NS], dc[NS];
     float y, by_b, by_a;
 
     DEVICE Step(Walk& w, const float* before, const float* after, const float* decay, const float* b, const float* c, f32x2 du, float dy) {
@@ -185,19 +187,19 @@ struct Step {
 #pragma unroll
         for (int i = 0; i < NS; i++) {
             float g = w.g[i] + c[i] * dy, through = g * decay[i], by_decay = through * before[i];
-            in[i] = g;
+            float in = g;
             by_a += by_decay * w.a2[i];
             w.da[i] += by_decay * du.x;
 #if ZOH
             float a = w.a2[i] * LN_2, u = du.x * a;
-            in[i] = g * zoh_factor(decay[i], u, du.x, a);
+            in = g * zoh_factor(decay[i], u, du.x, a);
             by_a += through * (du.y * LOG2_E * b[i]);
             w.da[i] += g * b[i] * du.y * zoh_slope(decay[i], u, du.x, a);
 #endif
-            db[i] = in[i] * du.y;
+            db[i] = in * du.y;
             dc[i] = after[i] * dy;
             y += c[i] * after[i];
-            by_b += in[i] * b[i];
+            by_b += in * b[i];
             w.g[i] = through;
         }
     }
@@ -219,37 +221,68 @@ DEVICE void finish(const Place& at, Tile& tile, Walk& w, int step, int steps, fl
     tile.du[step * PAIR_ROW + at.c].x = ddt;
 }
 
-// Where the sum of dB (which = 0) or dC (1) for state n at a step stands among those of a warp. Tensor cores leave the sums
-// of four steps and of pairs of states to neighbouring lanes, which write to different banks.
+// Values of dB and dC of a thread, in whole matrices of four.
+#define BOTH ((2 * NS + 3) / 4 * 4)
+
+// Where the sum of dB (which = 0) or dC (1) for state n at a step stands among those of a warp. Lanes that write the sums
+// of four steps meet different banks.
 DEVICE int sum_at(int step, int which, int n) {
-    if constexpr (TENSOR) return step * 2 * NP + ((which * NP + n / 4 * 2 + n % 2 + n % 4 / 2 * 8) ^ (step % 4 * 8));
-    return (step * 2 + which) * NP + n;
+    int at = which * NP + n;
+    if constexpr (NP == 16) at ^= step % 4 * 8;
+    return step * 2 * NP + at;
+}
+// Writes `Count` of the 2 NS sums of dB and dC that belong to the thread's states, from number `first` on.
+template <int Count>
+DEVICE void write_sums(float* to, const float* v, int first, int step, const Place& at) {
+    float* begin = to + sum_at(step, first / NS, at.s * NS + first % NS);
+    if constexpr (Count == 4 && NS == 4) {
+        store<4>(begin, v);
+    } else {
+#pragma unroll
+        for (int i = 0; i < Count; i++) to[sum_at(step, (first + i) / NS, at.s * NS + (first + i) % NS)] = v[i];
+    }
 }
 
-// Ones in column 2q for the first four rows of a matrix [8, 8] and in column 2q + 1 for the others.
-DEVICE void two_columns(float* ones, int q) {
+// The sums over the channels of a warp of what `both` has for dB and dC at one of four steps.
+//
+// Where a warp has 4 channels or more, its tensor cores add: the values are a matrix [16, 8] whose columns are lanes and
+// two registers, and the other matrix has ones where they are to be added up, in two columns for each of the four steps.
+// So lane t of a quad ends with the sums of step t. In tf32, which keeps 11 bits and is finer than bf16; for f32, in two
+// pieces.
+DEVICE void add_to_channel_sums(float* sums, const float* both, const Place& at, int step, float* to) {
+#if CH >= 4
     int g = threadIdx.x % WARP / 4;
-    ones[0] = g == 2 * q ? 1.0f : 0.0f;
-    ones[1] = g == 2 * q + 1 ? 1.0f : 0.0f;
+    float ones[2] = {g == 2 * (step % 4) ? 1.0f : 0.0f, g == 2 * (step % 4) + 1 ? 1.0f : 0.0f};
+#pragma unroll
+    for (int i = 0; i < BOTH; i += 4) {
+        float v[4] = {both[i], both[i + 2], both[i + 1], both[i + 3]};
+        if constexpr (sizeof(T) == 4) {
+            float low[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float high = bits_to_f32(f32_to_bits(v[k]) & 0xffffe000u);
+                low[k] = v[k] - high, v[k] = high;
+            }
+            mma_tf32(sums + i, low, ones);
+        }
+        mma_tf32(sums + i, v, ones);
+    }
+#else
+    float v[2 * NS];
+#pragma unroll
+    for (int i = 0; i < 2 * NS; i++) v[i] = both[i];
+    int lane = at.c % CH;
+    sum_lanes<2 * NS, CH, CHANNEL_STRIDE>(v, lane);
+    write_sums<2 * NS / CH>(to, v, kept_first<2 * NS, CH>(lane), step, at);
+#endif
 }
-
-// Sums over the eight channels of a warp by tensor cores, for step q of four. Lanes are (g, t) with channel g and states
-// 4t ..: a product with ones where row and lane agree moves values so that channels are in t and in two registers, one
-// with two columns of ones adds up what is in t. After four steps lane (g, t) has the sums of step t for states
-// 4 (g % 4) + 2 (g / 4) and the next, those of even and of odd channels.
-DEVICE void add_channels_of_warp(float* sums, const float* v, int q) {
-    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    float same = g == t ? 1.0f : 0.0f, other = g == t + 4 ? 1.0f : 0.0f, ones[2];
-    float upper[4] = {same, 0.0f, other, 0.0f}, lower[4] = {0.0f, same, 0.0f, other};
-    float first[2] = {v[0], v[2]}, second[2] = {v[1], v[3]}, moved[4] = {};
-    mma_tf32(moved, upper, first);
-    mma_tf32(moved, lower, second);
-    two_columns(ones, q);
-    mma_tf32(sums, moved, ones);
-}
-DEVICE void write_channels_of_warp(float* to, int which, const float* sums) {
-    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    *reinterpret_cast<f32x2*>(to + sum_at(t, which, g % 4 * 4 + g / 4 * 2)) = f32x2{sums[0] + sums[2], sums[1] + sums[3]};
+// Ends what `add_to_channel_sums` began for the steps from `first` on.
+DEVICE void write_channel_sums(float* sums, const Place& at, int first, float* to) {
+#if CH >= 4
+    int lane = at.c % CH / 4;
+    sum_lanes<2 * NS, CH / 4, 4>(sums, lane);
+    write_sums<(2 * NS > CH / 4 ? 2 * NS / (CH / 4) : 1)>(to, sums, kept_first<2 * NS, CH / 4>(lane), first + threadIdx.x % 4, at);
+#endif
 }
 
 // SUB steps back from step `first` on: gradients of the elements go into the tile, sums over the warp's channels into
@@ -273,65 +306,30 @@ DEVICE void back(const Scan& scan, const Place& at, Tile& tile, Walk& w, const f
         f32x2 du = tile.du[(first + k) * PAIR_ROW + at.c];
         return Step(w, h[k], h[k + 1], decay[k], b, c, du, tile.dy[(first + k) * ROW + at.c]);
     };
-    if constexpr (TENSOR) {
-        int g = threadIdx.x % WARP / 4;
-        float b[4], c[4], y[2] = {}, by_b[2] = {}, by_a[4] = {};
-        tile.coefficients(b, scan, at, 0, row, first + g, steps);
-        tile.coefficients(c, scan, at, 1, row, first + g, steps);
 #pragma unroll
-        for (int four = SUB - 4; four >= 0; four -= 4) {
-            float db[4] = {}, dc[4] = {};
+    for (int four = SUB - 4; four >= 0; four -= 4) {
+        float y[4], by_b[4], by_a[4], channels[BOTH] = {};
 #pragma unroll
-            for (int j = four + 2; j >= four; j -= 2) {
-                Step second = step_at(j + 1);
-                add_channels_of_warp(db, second.db, (j + 1) % 4);
-                add_channels_of_warp(dc, second.dc, (j + 1) % 4);
-                // Keeps the compiler from loading the operands of more steps than there are registers for.
-                __syncwarp();
-                Step one = step_at(j);
-                add_channels_of_warp(db, one.db, j % 4);
-                add_channels_of_warp(dc, one.dc, j % 4);
-                contract_pair(y, h[j + 1], h[j + 2], c, j);
-                contract_pair(by_b, one.in, second.in, b, j);
-                float both[4] = {one.by_a, 0.0f, second.by_a, 0.0f}, ones[2];
-                two_columns(ones, j / 2);
-                mma_tf32(by_a, both, ones);
-            }
-            write_channels_of_warp(sums + four * 2 * NP, 0, db);
-            write_channels_of_warp(sums + four * 2 * NP, 1, dc);
+        for (int k = 3; k >= 0; k--) {
+            // Keeps the compiler from loading the operands of more steps than there are registers for.
+            if (k % 2 == 1) __syncwarp();
+            Step step = step_at(four + k);
+            y[k] = step.y, by_b[k] = step.by_b, by_a[k] = step.by_a;
+            float both[BOTH] = {};
+#pragma unroll
+            for (int i = 0; i < NS; i++) both[i] = step.db[i], both[NS + i] = step.dc[i];
+            add_to_channel_sums(channels, both, at, four + k, sums);
         }
+        write_channel_sums(channels, at, four, sums);
+        sum_lanes<4, LANES, STATE_STRIDE>(y, at.s);
+        sum_lanes<4, LANES, STATE_STRIDE>(by_b, at.s);
+        sum_lanes<4, LANES, STATE_STRIDE>(by_a, at.s);
+        int mine = first + four + kept_first<4, LANES>(at.s);
         __syncwarp();
 #pragma unroll
-        for (int k = 0; k < 2; k++) finish(at, tile, w, first + 2 * at.s + k, steps, y[k], by_b[k], by_a[k]);
-    } else {
-#pragma unroll
-        for (int four = SUB - 4; four >= 0; four -= 4) {
-            float y[4], by_b[4], by_a[4];
-#pragma unroll
-            for (int k = 3; k >= 0; k--) {
-                if (k % 2 == 1) __syncwarp();
-                Step step = step_at(four + k);
-                y[k] = step.y, by_b[k] = step.by_b, by_a[k] = step.by_a;
-                // Over the channels of the warp; each lane keeps some: dB comes before dC.
-                float both[2 * NS];
-#pragma unroll
-                for (int i = 0; i < NS; i++) both[i] = step.db[i], both[NS + i] = step.dc[i];
-                int lane = at.c % CH, mine = kept_first<2 * NS, CH>(lane);
-                sum_lanes<2 * NS, CH, LANES>(both, lane);
-#pragma unroll
-                for (int i = 0; i < (2 * NS > CH ? 2 * NS / CH : 1); i++)
-                    sums[sum_at(four + k, (mine + i) / NS, at.s * NS + (mine + i) % NS)] = both[i];
-            }
-            sum_lanes<4, LANES, 1>(y, at.s);
-            sum_lanes<4, LANES, 1>(by_b, at.s);
-            sum_lanes<4, LANES, 1>(by_a, at.s);
-            int mine = first + four + kept_first<4, LANES>(at.s);
-            __syncwarp();
-#pragma unroll
-            for (int k = 0; k < (LANES < 4 ? 4 / LANES : 1); k++) {
-                // Where there are more lanes than steps, the first of them writes.
-                if (LANES <= 4 || at.s < 4) finish(at, tile, w, mine + k, steps, y[k], by_b[k], by_a[k]);
-            }
+        for (int k = 0; k < (LANES < 4 ? 4 / LANES : 1); k++) {
+            // Where there are more lanes than steps, the first of them writes.
+            if (LANES <= 4 || at.s < 4) finish(at, tile, w, mine + k, steps, y[k], by_b[k], by_a[k]);
         }
     }
     __syncwarp();
@@ -345,10 +343,10 @@ DEVICE float* channel_part(const Scan& scan, float* channel_parts, int row) {
 // Rows [row, row + steps) of a segment, which lie in one chunk, and their parts of dB and dC.
 DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, const Place& at, Tile& tile, Walk& w, int row,
                                int steps, int segment, float* channel_parts) {
-    tile.prepare<true>(scan, gradients.dy, at, row, steps);
-    if (row % CHUNK == 0 && row > 0) tile.prefetch_rows(scan, gradients.dy, at, row - CHUNK, CHUNK);
     float h[NS];
     at.load(h, gradients.kept.row(kept_row(row, segment)));
+    tile.prepare<true>(scan, gradients.dy, at, row, steps);
+    if (row % CHUNK == 0 && row > 0) tile.prefetch_rows(scan, gradients.dy, at, row - CHUNK, CHUNK);
     // B and C are shared; whoever is here has read those of the chunk before.
     __syncthreads();
     int subs = (steps + SUB - 1) / SUB;
@@ -373,13 +371,7 @@ DEVICE void back_through_chunk(const Scan& scan, const Gradients& gradients, con
 #pragma unroll
             for (int warp = 0; warp < WARPS; warp++) {
                 const float* of = sums + warp * SUB * 2 * NP;
-                if constexpr (TENSOR && WIDE == 4) {
-                    load<2>(more, of + sum_at(k, which, n));
-                    load<2>(more + 2, of + sum_at(k, which, n + 2));
-                } else {
-#pragma unroll
-                    for (int j = 0; j < WIDE; j++) more[j] = of[sum_at(k, which, n + j)];
-                }
+                load<WIDE>(more, of + sum_at(k, which, n));
 #pragma unroll
                 for (int j = 0; j < WIDE; j++) sum[j] += more[j];
             }
@@ -411,7 +403,7 @@ KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan s
         for (i64 i = threadIdx.x; channel_parts != nullptr && i < static_cast<i64>(until - from) * 2 * N; i += THREADS)
             channel_part(scan, channel_parts, from)[i] = 0.0f;
     }
-    for (int s = first_segment(scan, first); s < scan.segments; s++) {
+    for (int s = first_segment(scan, first); s < static_cast<int>(scan.segments); s++) {
         Span span(scan, s);
         if (span.behind()) break;
         if (span.stop <= span.end) {
@@ -434,8 +426,8 @@ KERNEL __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) scan_parts_grad(Scan s
     float* sums = time_parts + blockIdx.y * (N + 2) * scan.channels;
     at.store(sums, w.da);
     // A channel's lanes have summed different steps.
-    sum_lanes<1, LANES, 1>(&w.dd, at.s);
-    sum_lanes<1, LANES, 1>(&w.dbias, at.s);
+    sum_lanes<1, LANES, STATE_STRIDE>(&w.dd, at.s);
+    sum_lanes<1, LANES, STATE_STRIDE>(&w.dbias, at.s);
     if (at.s == 0 && at.c < at.width) {
         sums[N * scan.channels + at.first + at.c] = w.dd;
         sums[(N + 1) * scan.channels + at.first + at.c] = w.dbias;

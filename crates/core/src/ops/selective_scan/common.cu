@@ -1,17 +1,26 @@
 // What the kernels of the selective scan share: who owns what, the tiles, the states.
 //
-// A channel's N states are spread over LANES neighbouring lanes of a warp, NS each (those beyond N are zero), and a warp
-// has CH channels. A block has WARPS warps and so CB channels of one group; it walks through
+// A channel's N states are spread over LANES lanes of a warp, NS each (those beyond N are zero), and a warp has CH
+// channels. Tensor cores add up over neighbouring lanes: forward, where sums over states are needed, those have the
+// states of a channel; backward, where sums over channels are the most, neighbouring channels. A block has WARPS warps and so CB channels of one group; it walks through
 // a part of the pack's rows, tile by tile, and through the segments in it. State n of a channel is multiplied by
 // 2^(Δ A log2 e) a step, its decay.
 //
 // Macros: T type of activations; N states; NS, CH as above; WARPS; V channels and VB columns of B and C that one access
-// moves; STEPS rows of a tile; CHUNK rows between two states kept for the gradient; SOFTPLUS, ZOH 0 or 1.
+// moves; STEPS rows of a tile; CHUNK rows between two states kept for the gradient; SOFTPLUS, ZOH,
+// NEIGHBOURS_HAVE_STATES 0 or 1.
 
 #define LANES (WARP / CH)
 #define NP (LANES * NS)
 #define CB (WARPS * CH)
 #define THREADS (WARPS * WARP)
+#if NEIGHBOURS_HAVE_STATES
+#define STATE_STRIDE 1
+#define CHANNEL_STRIDE LANES
+#else
+#define STATE_STRIDE CH
+#define CHANNEL_STRIDE 1
+#endif
 // Rows of tiles are longer than CB, so that lanes which read a channel of several rows meet different banks.
 #define ROW (CB + 4)
 #define PAIR_ROW (CB + 2)
@@ -38,8 +47,8 @@ struct Place {
 
     DEVICE explicit Place(const Scan& scan) : scan(scan) {
         int lane = threadIdx.x % WARP;
-        c = threadIdx.x / LANES;
-        s = lane % LANES;
+        c = threadIdx.x / WARP * CH + lane / CHANNEL_STRIDE % CH;
+        s = lane / STATE_STRIDE % LANES;
         // 32 bits hold the numbers of blocks and parts; dividing 64 bits is a call.
         u32 group = blockIdx.x / static_cast<u32>(scan.group_blocks), block = blockIdx.x % static_cast<u32>(scan.group_blocks);
         int group_width = static_cast<int>(scan.group_width), left = group_width - block * CB;
@@ -172,21 +181,6 @@ DEVICE void stage(T* to, const T* from) {
     } else {
         *to = *from;
     }
-}
-
-// Whether tensor cores form sums over lanes: in tf32, which keeps 11 bits of what is added up and is finer than bf16.
-constexpr bool TENSOR = sizeof(T) == 2 && LANES == 4 && NS == 4;
-
-// Σ_n c[n] v[n] over the states of two steps j, j + 1 of eight, where lane (g, t) has c of step g, states 4t ..: channel g's
-// sums come to lane t = j / 2. The matrices are v [channels, states], with the second step's below the first's, and
-// c [states, steps]; of their product the columns of the two steps are kept.
-DEVICE void contract_pair(float* sums, const float* v0, const float* v1, const float* c, int j) {
-    float d[4] = {}, low[4] = {v0[0], v1[0], v0[1], v1[1]}, high[4] = {v0[2], v1[2], v0[3], v1[3]};
-    mma_tf32(d, low, c);
-    mma_tf32(d, high, c + 2);
-    bool mine = threadIdx.x % 4 == j / 2;
-    sums[0] = mine ? d[0] : sums[0];
-    sums[1] = mine ? d[3] : sums[1];
 }
 
 // Sums `Count` values over `Lanes` lanes whose numbers differ by multiples of `Stride`; `number` counts the thread among

@@ -6,10 +6,14 @@ use crate::error::Error;
 use crate::graph::{Io, Mat};
 use crate::ops::elementwise::cuda::vector;
 
-static FORWARD: Program =
-    Program { name: "selective_scan", source: concat!(include_str!("common.cu"), include_str!("forward.cu")) };
-static BACKWARD: Program =
-    Program { name: "selective_scan_grad", source: concat!(include_str!("common.cu"), include_str!("backward.cu")) };
+static FORWARD: Program = Program {
+    name: "selective_scan",
+    source: concat!("#define NEIGHBOURS_HAVE_STATES 1\n", include_str!("common.cu"), include_str!("forward.cu")),
+};
+static BACKWARD: Program = Program {
+    name: "selective_scan_grad",
+    source: concat!("#define NEIGHBOURS_HAVE_STATES 0\n", include_str!("common.cu"), include_str!("backward.cu")),
+};
 
 /// Blocks of a multiprocessor that parts are made for.
 const BLOCKS_PER_SM: u32 = 3;

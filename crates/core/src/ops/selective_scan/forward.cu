@@ -8,6 +8,21 @@
 // leaves that part's own end state behind (`end_states`); `scan_parts` makes its start state of them. Where parts end
 // with segments, `end_states` has nothing to do.
 
+// Whether tensor cores form sums over lanes: in tf32, which keeps 11 bits of what is added up and is finer than bf16.
+constexpr bool TENSOR = sizeof(T) == 2 && LANES == 4 && NS == 4;
+
+// Σ_n c[n] v[n] over the states of two steps j, j + 1 of eight, where lane (g, t) has c of step g, states 4t ..: channel g's
+// sums come to lane t = j / 2. The matrices are v [channels, states], with the second step's below the first's, and
+// c [states, steps]; of their product the columns of the two steps are kept.
+DEVICE void contract_pair(float* sums, const float* v0, const float* v1, const float* c, int j) {
+    float d[4] = {}, low[4] = {v0[0], v1[0], v0[1], v1[1]}, high[4] = {v0[2], v1[2], v0[3], v1[3]};
+    mma_tf32(d, low, c);
+    mma_tf32(d, high, c + 2);
+    bool mine = threadIdx.x % 4 == j / 2;
+    sums[0] = mine ? d[0] : sums[0];
+    sums[1] = mine ? d[3] : sums[1];
+}
+
 // A tile: what threads have copied, each for itself, in two buffers used in turn, and what is computed of it.
 struct Tile {
     f32x2* du;  // Δ and Δx (x for the zero-order hold) [STEPS, PAIR_ROW]
@@ -187,7 +202,7 @@ DEVICE float walk(const Scan& scan, const Place& at, Tile& tile, float* h, const
                     }
                 }
                 if (!Output) continue;
-                sum_lanes<4, LANES, 1>(out, at.s);
+                sum_lanes<4, LANES, STATE_STRIDE>(out, at.s);
                 int mine = kept_first<4, LANES>(at.s);
 #pragma unroll
                 for (int k = 0; k < (LANES < 4 ? 4 / LANES : 1); k++) tile.y[(t + mine + k) * ROW + at.c] = out[k];
@@ -211,7 +226,7 @@ KERNEL __launch_bounds__(THREADS, 3) scan_parts(Scan scan, Mat<float> initial, M
     tile.begin(scan, at);
     int covered = scan.segments > 0 ? scan.offsets[0] : end;
     clear_rows(y, first, smaller(covered, end), at);
-    for (int s = first_segment(scan, first); s < scan.segments; s++) {
+    for (int s = first_segment(scan, first); s < static_cast<int>(scan.segments); s++) {
         Span span(scan, s);
         if (span.behind()) break;
         if (span.from == span.start) {
@@ -270,7 +285,7 @@ KERNEL __launch_bounds__(THREADS) scan_segments(Scan scan, Mat<float> initial, M
 #pragma unroll
         for (int i = 0; i < NS; i++)
             if (at.owns(i)) out += to_f32(scan.c.row(t)[at.column + at.s * NS + i]) * h[i];
-        sum_lanes<1, LANES, 1>(&out, at.s);
+        sum_lanes<1, LANES, STATE_STRIDE>(&out, at.s);
         out += skip * x;
         if (real && scan.z.present()) out *= silu(to_f32(scan.z.row(t)[channel]));
         if (y.present() && real && at.s == 0) set(y.row(t)[channel], out);

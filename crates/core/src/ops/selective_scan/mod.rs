@@ -13,7 +13,7 @@
 //! The forward kernel walks through time with the states of a block of channels at hand, so its results do not depend
 //! on how a sequence is cut into calls, bit for bit. For the gradient it keeps the state at the start of every chunk
 //! of [`chunk_len`] steps (`[T/chunk + S, N·D]`, at most T·D + S·N·D values); the gradient recomputes a chunk's states
-//! from there, then walks back through it.
+//! from there, then walks back through it. On a GPU chunks start on a grid over the whole pack, and at segments' starts.
 
 mod cpu;
 mod cpu_grad;
