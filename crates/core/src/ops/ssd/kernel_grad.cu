@@ -17,7 +17,7 @@
 //
 // Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 1024 products of 16 x 8 x 16, 1650 cycles of a multiprocessor.
 //
-// See kernel_tiles.cu for macros.
+// Macros: those of kernel_tiles.cu; STAGES buffers that a head's rows and states are fetched into.
 
 typedef Spread<Q, Q, 4> PairSpread;
 typedef Spread<Q, PT, 2> ChannelSpread;
@@ -121,7 +121,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
     KeySpread key_spread(warp);
     PairSpread::Acc similar = {}, mixed = {};
     KeySpread::Acc dkeys = {}, dqueries = {};
-    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col, pairs.row + PairSpread::MT * 16);
+    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col);
 
     // What is left once the products of item i are done: sums of rows, and with the last channels of a head the gradient of
     // its steps. For one warp, lane l of which has the rows from l · EACH on.
@@ -213,7 +213,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
 
             if (pairs.active) {
                 PairSpread::Acc acc = {};
-                product<false, false, PT>(acc, ups, pairs.row, values, pairs.col, pairs.row + PairSpread::MT * 16);
+                product<false, false, PT>(acc, ups, pairs.row, values, pairs.col);
                 float down[PairSpread::NT][2] = {};
 #pragma unroll
                 for (int mt = 0; mt < PairSpread::MT; mt++)
@@ -310,7 +310,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                         }
                         put_row_sum(key_sums[i % 2], channel_spread, mt, half, across);
                     }
-                product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col, PT, channel_spread.row);
+                product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col);
 #pragma unroll
                 for (int mt = 0; mt < ChannelSpread::MT; mt++)
 #pragma unroll

@@ -169,6 +169,11 @@ DEVICE void split_pair(u32* to, int step, float x, float y) {
     }
 }
 
+template <int N>
+struct Constant {
+    static constexpr int VALUE = N;
+};
+
 struct Unweighted {
     DEVICE float operator()(int) const { return 1.0f; }
 };
@@ -181,18 +186,16 @@ struct IsWeighted<Unweighted> {
     static constexpr bool VALUE = false;
 };
 
-// acc += A · diag(weight) · B over k in [k_from, k_to) for the rows of the result from `m` and its columns from `n` on, those
-// below `n_to`; limits are multiples of 16. A is stored by rows, [m, k], or, with A_T, [k, m]; B is stored [n, k] or, with
-// B_T, [k, n].
+// acc += A · diag(weight) · B for the rows of the result from `m` and its columns from `n` on. A is stored by rows, [m, k],
+// or, with A_T, [k, m]; B is stored [n, k] or, with B_T, [k, n]. No branches, so that the compiler can load fragments ahead;
+// unrolled only so far as registers allow.
 template <bool A_T, bool B_T, int K, class TileA, class TileB, int MT, int NT, class W = Unweighted>
-DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, int n_to = 1 << 20, int k_from = 0,
-                    W weight = W()) {
+DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, W weight = W()) {
     int lane = threadIdx.x % WARP, row = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
     const bf16* pa = A_T ? a.data + (third + row) * TileA::LD + m + second : a.data + (m + second + row) * TileA::LD + third;
     const bf16* pb = B_T ? b.data + (second + row) * TileB::LD + n + third : b.data + (n + third + row) * TileB::LD + second;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < K; k += 16) {
-        if (k < k_from) continue;
         u32 fa[SPLIT][MT][4];
 #pragma unroll
         for (int i = 0; i < SPLIT; i++) {
@@ -220,7 +223,6 @@ DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, int
         }
 #pragma unroll
         for (int nt = 0; nt < NT; nt += 2) {
-            if (n + nt * 8 >= n_to) continue;
 #pragma unroll
             for (int j = SPLIT - 1; j >= 0; j--) {
                 u32 fb[4];
@@ -256,14 +258,13 @@ struct Operand {
     }
 };
 
-// acc += A · B for an A in registers, over k below k_to; B is stored [k, n].
+// acc += A · B for an A in registers; B is stored [k, n].
 template <int MT, int KT, int NT, class TileB>
-DEVICE void product(float (&acc)[MT][NT][4], const Operand<MT, KT>& a, TileB b, int n, int k_to) {
+DEVICE void product(float (&acc)[MT][NT][4], const Operand<MT, KT>& a, TileB b, int n) {
     int lane = threadIdx.x % WARP;
     const bf16* pb = b.data + (lane / 8 % 2 * 8 + lane % 8) * TileB::LD + n + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < KT / 2; k++) {
-        if (k * 16 >= k_to) continue;
 #pragma unroll
         for (int nt = 0; nt < NT; nt += 2) {
 #pragma unroll
