@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hognose::{DType, Device};
+use hognose_train::config::Recomputation;
 
 /// State space models: train, run and study them.
 #[derive(Debug, Parser)]
@@ -54,6 +55,21 @@ pub enum DeviceArg {
     Cpu,
     Cuda,
     Auto,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecomputeArg {
+    Layers,
+    Cheap,
+}
+
+impl RecomputeArg {
+    pub fn recomputation(self) -> Recomputation {
+        match self {
+            RecomputeArg::Layers => Recomputation::Layers,
+            RecomputeArg::Cheap => Recomputation::Cheap,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -134,9 +150,9 @@ pub struct TrainArgs {
     /// Micro-batches of a step.
     #[arg(long)]
     pub accumulate: Option<usize>,
-    /// Compute each layer's forward pass again in the backward pass instead of keeping it: less memory, more time.
-    #[arg(long)]
-    pub recompute: bool,
+    /// Compute layers, or only what costs little, again in the backward pass instead of keeping it: less memory, more time.
+    #[arg(long, value_name = "layers|cheap", num_args = 0..=1, default_missing_value = "layers", hide_possible_values = true)]
+    pub recompute: Option<RecomputeArg>,
     /// GPUs that share each batch, by number, separated by commas [default: the first one].
     #[arg(long, value_name = "0,1", value_delimiter = ',')]
     pub devices: Vec<usize>,
@@ -284,6 +300,9 @@ pub struct BenchArgs {
     /// Channels of the mixer, with --op: instead of the model's.
     #[arg(long, value_parser = positive)]
     pub width: Option<usize>,
+    /// With --mode train: compute layers, or only what costs little, again instead of keeping it.
+    #[arg(long, value_name = "layers|cheap", num_args = 0..=1, default_missing_value = "layers", hide_possible_values = true)]
+    pub recompute: Option<RecomputeArg>,
     /// Print what each kind of op takes by itself.
     #[arg(long)]
     pub profile: bool,

@@ -11,8 +11,9 @@ use hognose_core::cuda::library::Library;
 use hognose_core::cuda::{Properties, Variant};
 use hognose_core::graph::{Layout, Recompute};
 use hognose_core::{Graph, Plan};
+use hognose_model::network::has_step;
 use hognose_model::presets;
-use hognose_model::session::graph;
+use hognose_model::session::{choice_graph, graph};
 use hognose_model::weights::Form;
 use hognose_train::step::{GradientPlan, StepShape, UpdatePlan};
 
@@ -42,6 +43,11 @@ fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {
     ];
     for (slots, tokens, rows) in [(1, 2048, 1), (1, 1, 1), (4, 4, 4), (64, 64, 64)] {
         all.push(graph(config, form, slots, tokens, rows).unwrap());
+    }
+    for (slots, tokens, penalty) in [(1, 1, false), (12, 12, true), (30, 24, false), (64, 64, false)] {
+        if has_step(config, form, tokens) {
+            all.push(choice_graph(config, form, slots, tokens, penalty).unwrap());
+        }
     }
     // One long sequence is cut in time.
     let long = StepShape { tokens: 32_768, segments: 1, ..training(0.0, Recompute::Nothing) };

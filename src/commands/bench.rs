@@ -12,6 +12,7 @@ use hognose_core::cpu::ceiling::Ceiling;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
 use hognose_core::ops::adamw::Hyper;
+use hognose_engine::{Sampler, Sampling};
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::presets;
 use hognose_model::session::Model;
@@ -21,8 +22,10 @@ use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 use crate::args::{BenchArgs, DTypeArg, Mode, Usage};
 use crate::terminal::{si, thousands};
 
-/// Tokens of the prompt before decoding is measured.
+/// Tokens of each sequence before decoding is measured.
 const DECODE_PROMPT: usize = 16;
+/// Steps that a GPU is ahead of what was read of it, as in the engine.
+const DECODE_AHEAD: usize = 4;
 
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     for (name, value) in [("batch", args.batch), ("length", args.length), ("repeat", args.repeat)] {
@@ -116,22 +119,23 @@ fn prefill(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
 
 fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let mut session = Session::new(model, args.batch)?;
-    let prompt = Pack::from_lengths(std::iter::repeat_n(DECODE_PROMPT, args.batch))?;
     let one = Pack::from_lengths(std::iter::repeat_n(1, args.batch))?;
     let rows: Vec<usize> = (0..args.batch).collect();
-    let vocabulary = model.config.padded_vocab;
     let mut seconds = Vec::new();
     for pass in 0..=args.repeat {
         (0..args.batch).for_each(|slot| session.reset(slot));
-        session.run(&random_ids(DECODE_PROMPT * args.batch, &model.config, 0), &prompt, &[])?;
-        let mut ids = random_ids(args.batch, &model.config, 1);
-        let start = Instant::now();
-        for _ in 0..args.length {
-            let logits = session.run(&ids, &one, &rows)?;
-            ids = logits.chunks_exact(vocabulary).map(hognose_engine::sampling::argmax).collect();
+        let prompt = random_ids(DECODE_PROMPT * args.batch, &model.config, 0);
+        for ids in prompt.chunks_exact(args.batch) {
+            session.run(ids, &one, &rows)?;
         }
+        let ids = random_ids(args.batch, &model.config, 1);
+        let elapsed = if session.has_steps(args.batch) {
+            decode_on_device(&mut session, &ids, args.length)?
+        } else {
+            decode_on_host(&mut session, ids, args.length)?
+        };
         if pass > 0 {
-            seconds.push(start.elapsed().as_secs_f64());
+            seconds.push(elapsed);
         }
     }
     if args.profile {
@@ -144,6 +148,34 @@ fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let bytes = (read * args.length) as f64;
     let flops = session.flops_per_token() * tokens as f64;
     Ok(Found { seconds, tokens, peak_bytes, flops, bytes })
+}
+
+/// Seconds of `length` steps as a GPU takes them when it generates: it chooses each token itself.
+fn decode_on_device(session: &mut Session<'_>, ids: &[u32], length: usize) -> anyhow::Result<f64> {
+    let samplers = vec![Sampler::new(Sampling::greedy())?; ids.len()];
+    let starts: Vec<_> = samplers.iter().zip(ids).enumerate().map(|(slot, (s, &id))| s.start(slot, id)).collect();
+    let mut steps = session.steps(&starts, false)?;
+    let start = Instant::now();
+    for done in 0..length {
+        steps.launch(DECODE_AHEAD.min(length - done))?;
+        anyhow::ensure!(steps.read()?.iter().all(Option::is_some), "the logits are not finite");
+    }
+    let elapsed = start.elapsed().as_secs_f64();
+    steps.finish()?;
+    Ok(elapsed)
+}
+
+/// Seconds of `length` steps, the likeliest tokens chosen by the host.
+fn decode_on_host(session: &mut Session<'_>, mut ids: Vec<u32>, length: usize) -> anyhow::Result<f64> {
+    let vocabulary = session.model().config.padded_vocab;
+    let one = Pack::from_lengths(std::iter::repeat_n(1, ids.len()))?;
+    let rows: Vec<usize> = (0..ids.len()).collect();
+    let start = Instant::now();
+    for _ in 0..length {
+        let logits = session.run(&ids, &one, &rows)?;
+        ids = logits.chunks_exact(vocabulary).map(hognose_engine::sampling::argmax).collect();
+    }
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Prints what each kind of op takes, largest first.
@@ -184,7 +216,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
         gradients: true,
         accumulate: false,
         dropout: 0.0,
-        recompute: Recompute::Nothing,
+        recompute: args.recompute.map_or(Recompute::Nothing, |r| r.recomputation().into()),
     };
     let plan = GradientPlan::new(device, config, shape)?;
     let update = UpdatePlan::new(device, weights)?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use hognose::Session;
+use hognose::{Device, Session};
 use hognose_core::Pack;
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::session::next_token_loss;
@@ -16,13 +16,14 @@ use crate::args::{DTypeArg, ForwardArgs, Usage};
 use crate::terminal;
 
 pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
-    if args.grads && args.compute.dtype == Some(DTypeArg::Bf16) {
-        return Err(Usage("--grads computes in f32; leave out --dtype bf16".into()).into());
-    }
     let ids = read_ids(&args.ids)?;
     let mut compute = args.compute.clone();
     compute.dtype = compute.dtype.or(Some(DTypeArg::F32));
     let loaded = super::load(&args.model, None, &compute)?;
+    if let (true, Some(DTypeArg::Bf16), Device::Cpu(_)) = (args.grads, args.compute.dtype, &loaded.model.device) {
+        let message = "on a CPU --grads computes in f32; leave out --dtype bf16";
+        return Err(Usage(message.into()).into());
+    }
     eprintln!("{}: {}", args.model, super::describe(&loaded));
     let vocabulary = loaded.model.config.padded_vocab;
 

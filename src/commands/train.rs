@@ -13,7 +13,7 @@ use hognose_train::report::{Baselines, EvaluationReport, Observer, Outcome, Plan
 use hognose_train::{setup, trainer};
 use indicatif::ProgressBar;
 
-use crate::args::{Compute, DTypeArg, DeviceArg, TrainArgs, Usage, say_cpu};
+use crate::args::{Compute, DTypeArg, DeviceArg, RecomputeArg, TrainArgs, Usage, say_cpu};
 use crate::terminal::{self, duration, si, thousands};
 
 /// Tokens of a line that the model writes on the way.
@@ -89,7 +89,7 @@ fn configuration(args: &TrainArgs) -> anyhow::Result<TrainConfig> {
     config.optimizer.lr = args.lr.unwrap_or(config.optimizer.lr);
     config.minutes = args.minutes.or(config.minutes);
     config.seed = args.seed.unwrap_or(config.seed);
-    config.recompute |= args.recompute;
+    config.recompute = args.recompute.map_or(config.recompute, RecomputeArg::recomputation);
     if !args.devices.is_empty() {
         config.devices.clone_from(&args.devices);
     }

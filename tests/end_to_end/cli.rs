@@ -71,7 +71,7 @@ fn generate_refuses() {
         (2, &["--ids", "1", "--max-new-tokens", "99999999999999999999"], &["--max-new-tokens"]),
         (2, &["--ids", "1", "--threads", "0"], &["--threads"]),
         (2, &["--ids", "1", "--threads", "99999999"], &["--threads"]),
-        (2, &["--ids", "1", "--device", "cuda"], &["CPU only"]),
+        (1, &["--ids", "1", "--device", "cuda"], &["CUDA: "]),
         (2, &["--ids", "1", "--device", "abacus"], &["abacus"]),
         (2, &["--ids", "1", "--dtype", "f64"], &["f64"]),
         (1, &["--ids", "320"], &["320", "outside the vocabulary of 320"]),
@@ -228,4 +228,51 @@ fn bench_measures_ops() {
     let text = succeeds(&args);
     assert!(text.contains("causal_conv1d forward"), "{text}");
     object(&succeeds(&[&args[..], &["--json"]].concat()));
+}
+
+/// Without a GPU, or without a driver that can be used, `cuda` is an error in one sentence and `auto` is the CPU.
+#[test]
+fn without_a_gpu() {
+    let scratch = folder();
+    let libraries = scratch.path();
+    let model = oracle("hf/mamba");
+    let run = |device: &str, change: &dyn Fn(&mut std::process::Command)| {
+        let mut generate =
+            command(&["generate", "--model", arg(&model), "--ids", "1", "--max-new-tokens", "4", "--device", device]);
+        change(&mut generate);
+        finish(generate)
+    };
+    let as_it_is = |_: &mut std::process::Command| {};
+    let bare = |c: &mut std::process::Command| {
+        c.env_clear().env("CUDA_VISIBLE_DEVICES", "-1");
+    };
+    // Files that are no libraries, and a library that lacks what is needed.
+    let broken = |c: &mut std::process::Command| {
+        c.env("HOGNOSE_CUDA_LIBRARIES", libraries);
+    };
+    for name in ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"] {
+        std::fs::write(libraries.join(name), "not a library").unwrap();
+    }
+    let cpu = run("cpu", &as_it_is);
+    assert_eq!(cpu.code, 0, "{cpu:?}");
+    let check = |change: &dyn Fn(&mut std::process::Command)| {
+        let cuda = run("cuda", change);
+        refused(1, &cuda, &["--device", "cuda"], &["CUDA: "]);
+        assert_eq!(cuda.stderr.lines().count(), 1, "{cuda:?}");
+        assert!(!cuda.stderr.trim_end().contains(". "), "more than a sentence: {cuda:?}");
+        let auto = run("auto", change);
+        assert_eq!((auto.code, &auto.stdout), (0, &cpu.stdout), "{auto:?}");
+        let first = auto.stderr.lines().next().unwrap_or_default();
+        assert!(first.starts_with("computing on the CPU, since there is no GPU to use (CUDA: "), "{auto:?}");
+        assert_eq!(auto.stderr.matches("computing on the CPU").count(), 1);
+    };
+    check(&as_it_is);
+    check(&bare);
+    check(&broken);
+    let source = libraries.join("old.c");
+    std::fs::write(&source, "int cuInit(unsigned flags) { return 0; }").unwrap();
+    let mut compiler = std::process::Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-o"]).args([&libraries.join("libcuda.so.1"), &source]);
+    assert!(compiler.status().unwrap().success());
+    check(&broken);
 }

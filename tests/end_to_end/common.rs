@@ -39,10 +39,11 @@ pub struct Run {
     pub stderr: String,
 }
 
-/// The program, not yet started. The environment of whoever runs the tests does not reach it.
+/// The program, not yet started. The environment of whoever runs the tests does not reach it, nor does a GPU.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hognose"));
     command.args(args).stdin(Stdio::null()).env("HF_HUB_OFFLINE", "1").env_remove("HOGNOSE_ISA");
+    command.env("CUDA_VISIBLE_DEVICES", "-1");
     command
 }
 

@@ -5,5 +5,6 @@ mod cli;
 mod common;
 mod cuts;
 mod oracles;
+mod steps;
 mod streams;
 mod training;

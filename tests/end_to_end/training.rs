@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use hognose::{Device, TrainConfig};
+use hognose_core::cuda::Cuda;
+use hognose_train::config::Recomputation;
 use hognose_train::report::{Observer, Silent, StepReport};
 use hognose_train::trainer;
 
@@ -214,7 +216,12 @@ fn what_stops_one_device_stops_all() {
 fn threads_and_recomputation_change_nothing() {
     let base = Tiny::new(with_everything);
     let (expected, expected_weights) = (base.run("a"), weights(&base.path("a")));
-    let changes: [fn(&mut TrainConfig); 3] = [|c| c.threads = Some(1), |c| c.threads = Some(3), |c| c.recompute = true];
+    let changes: [fn(&mut TrainConfig); 4] = [
+        |c| c.threads = Some(1),
+        |c| c.threads = Some(3),
+        |c| c.recompute = Recomputation::Cheap,
+        |c| c.recompute = Recomputation::Layers,
+    ];
     for (i, change) in changes.into_iter().enumerate() {
         let other = Tiny::new(|config| {
             with_everything(config);
@@ -338,7 +345,10 @@ fn bad_settings_are_named() {
     tiny.refuses(2, &["--devices", "0,1,2"], &["batch is 2", "each of the devices"]);
     tiny.refuses(2, &["--devices", "0,x"], &["--devices", "'x'"]);
     tiny.refuses(2, &["--preset", "nope"], &["no preset \"nope\"", "mamba-130m"]);
-    tiny.refuses(2, &["--device", "cuda"], &["CPU only"]);
+    if Cuda::count() == 0 {
+        tiny.refuses(1, &["--device", "cuda"], &["libcuda", "NVIDIA driver"]);
+        tiny.refuses(1, &["--devices", "0,1"], &["libcuda", "NVIDIA driver"]);
+    }
     tiny.refuses(1, &["--length", "99999999"], &["fewer than", "smaller length"]);
     tiny.refuses(1, &["--batch", "9999999999999999"], &["more than one step can hold"]);
 }
@@ -354,7 +364,7 @@ fn bad_configuration_files_are_named() {
         ("}{", 1, &["line 1"]),
         ("preset = \"nope\"", 1, &["no preset \"nope\""]),
         ("dropout = 1.5", 2, &["dropout is 1.5"]),
-        ("device = \"cuda\"", 2, &["CPU only"]),
+        ("device = \"cpu\"\ndevices = [1]", 2, &["devices is [1]", "numbers of GPUs"]),
         ("[model]\nd_model = -4", 1, &["d_model is -4"]),
         ("[model]\nd_model = 99999999", 1, &["parameters", "taken for real"]),
         ("[model]\nfoo = 3", 1, &["foo", "known are d_model"]),

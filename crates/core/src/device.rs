@@ -45,6 +45,8 @@ pub struct Buffer {
     bytes: usize,
     /// The GPU whose memory it is.
     cuda: Option<Arc<Cuda>>,
+    /// Memory of the host that the GPU writes: see [`Device::alloc_mailbox`].
+    mapped: bool,
     not_sync: PhantomData<Cell<u8>>,
 }
 
@@ -54,6 +56,7 @@ unsafe impl Send for Buffer {}
 impl Drop for Buffer {
     fn drop(&mut self) {
         match &self.cuda {
+            Some(cuda) if self.mapped => cuda.free_mapped(self.address()),
             Some(cuda) => cuda.free(self.address()),
             // SAFETY: allocated by `Buffer::host` with this layout.
             None if self.bytes > 0 => unsafe { dealloc(self.ptr.as_ptr(), layout(self.bytes)) },
@@ -77,13 +80,13 @@ impl Buffer {
             // SAFETY: the layout has a size above zero.
             NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?
         };
-        Ok(Buffer { ptr, bytes, cuda: None, not_sync: PhantomData })
+        Ok(Buffer { ptr, bytes, cuda: None, mapped: false, not_sync: PhantomData })
     }
 
     fn device(cuda: &Arc<Cuda>, bytes: usize) -> Result<Buffer, Error> {
         let ptr =
             NonNull::new(cuda.alloc(bytes)? as *mut u8).ok_or_else(|| Error::Cuda("memory at address 0".into()))?;
-        Ok(Buffer { ptr, bytes, cuda: Some(cuda.clone()), not_sync: PhantomData })
+        Ok(Buffer { ptr, bytes, cuda: Some(cuda.clone()), mapped: false, not_sync: PhantomData })
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -174,6 +177,20 @@ impl Buffer {
         }
     }
 
+    /// Number `index` of a mailbox, which a kernel may be writing now.
+    pub fn peek(&self, index: usize) -> i32 {
+        assert!(self.mapped && 4 * index + 4 <= self.bytes, "number {index} of a mailbox");
+        // SAFETY: the number lies in memory of the host; it is written whole, and read again each time.
+        unsafe { self.ptr.as_ptr().cast::<i32>().add(index).read_volatile() }
+    }
+
+    /// Sets number `index` of a mailbox, which no kernel may be writing now.
+    pub fn poke(&self, index: usize, value: i32) {
+        assert!(self.mapped && 4 * index + 4 <= self.bytes, "number {index} of a mailbox");
+        // SAFETY: the number lies in memory of the host, and the caller keeps kernels away from it.
+        unsafe { self.ptr.as_ptr().cast::<i32>().add(index).write_volatile(value) }
+    }
+
     /// Sets every byte to zero.
     pub fn clear(&self) {
         self.fill(0);
@@ -249,6 +266,31 @@ impl Device {
         match self {
             Device::Cpu(_) => Buffer::host(bytes),
             Device::Cuda(cuda) => Buffer::device(cuda, bytes),
+        }
+    }
+
+    /// Memory in which kernels of a GPU leave whole numbers that the host reads while they run on, without copies:
+    /// [`Buffer::peek`]. On a CPU there is none.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a CPU, [`Error::Cuda`] where memory is short.
+    pub fn alloc_mailbox(&self, bytes: usize) -> Result<Buffer, Error> {
+        let Device::Cuda(cuda) = self else {
+            return Err(Error::Unsupported { op: "mailbox", message: "a CPU has none".into() });
+        };
+        let ptr = NonNull::new(cuda.alloc_mapped(bytes)? as *mut u8)
+            .ok_or_else(|| Error::Cuda("memory at address 0".into()))?;
+        Ok(Buffer { ptr, bytes, cuda: Some(cuda.clone()), mapped: true, not_sync: PhantomData })
+    }
+
+    /// Whether everything that was enqueued is done.
+    ///
+    /// # Errors
+    /// What went wrong on a GPU.
+    pub fn is_idle(&self) -> Result<bool, Error> {
+        match self {
+            Device::Cpu(_) => Ok(true),
+            Device::Cuda(cuda) => cuda.is_idle(),
         }
     }
 
@@ -384,22 +426,6 @@ impl Device {
         Ok(())
     }
 
-    /// Runs a plan for a GPU on the memory of this CPU, by emulation; see [`crate::cuda::emulator`].
-    #[cfg(test)]
-    pub(crate) fn emulate(
-        &self,
-        plan: &Plan,
-        gpu: &crate::cuda::Properties,
-        arena: &Buffer,
-        bindings: &[Slice<'_>],
-        reversed: bool,
-    ) -> Result<(), Error> {
-        let externals = self.check_bindings(plan, arena, bindings)?;
-        let mut collected = Launcher::collect(gpu);
-        plan.run_cuda(&mut collected, arena.ptr.as_ptr(), &externals)?;
-        plan.run_cuda(&mut Launcher::emulate(collected, reversed)?, arena.ptr.as_ptr(), &externals)
-    }
-
     /// Does everything for a later run of a plan with this memory that may need memory itself: a GPU compiles and
     /// captures it now.
     ///
@@ -413,6 +439,31 @@ impl Device {
                 cuda.prepare(plan, arena.ptr.as_ptr(), &externals)
             }
         }
+    }
+
+    /// Runs a plan for a GPU on the memory of this CPU, by emulation; see [`crate::cuda::emulator`].
+    #[cfg(test)]
+    pub(crate) fn emulate(
+        &self,
+        plan: &Plan,
+        gpu: &crate::cuda::Properties,
+        arena: &Buffer,
+        bindings: &[Slice<'_>],
+        reversed: bool,
+    ) -> Result<(), Error> {
+        let externals = self.check_bindings(plan, arena, bindings)?;
+        let mut collected = Launcher::collect(gpu);
+        plan.run_cuda(&mut collected, arena.ptr.as_ptr(), &externals)?;
+        let mut launcher = Launcher::emulate(collected, reversed)?;
+        let mut result = Ok(());
+        plan.each(arena.ptr.as_ptr(), &externals, |node, io| {
+            if result.is_ok() {
+                let memory = arena.ptr.as_ptr()..arena.ptr.as_ptr().wrapping_add(arena.bytes);
+                io.spoil(&memory);
+                result = node.op.run_cuda(io, &mut launcher);
+            }
+        });
+        result
     }
 
     /// Seconds that each op of a plan takes by itself, in order, with the op's name: the fastest of some runs. Ops that

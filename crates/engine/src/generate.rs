@@ -10,6 +10,9 @@ use hognose_model::state::State;
 use crate::error::Error;
 use crate::sampling::{Sampler, Sampling};
 
+/// Steps that a device is ahead of what was read of it.
+const AHEAD: usize = 4;
+
 /// How much is generated, and how.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
@@ -111,7 +114,6 @@ pub fn generate(
     let start = Instant::now();
     let mut ids = Vec::new();
     let mut finish = Finish::Length;
-    let mut pending = last;
     // The last id of the prompt stays pending where nothing is generated, so that a saved state can go on by itself.
     let processed = if options.max_new_tokens == 0 { all_but_last } else { &prompt_ids[..] };
     let mut logits = session.prefill(processed, |done| {
@@ -120,26 +122,148 @@ pub fn generate(
     let prompt_seconds = start.elapsed().as_secs_f64();
 
     let start = Instant::now();
-    let one = Pack::from_lengths([1]).map_err(hognose_model::Error::from)?;
-    while ids.len() < options.max_new_tokens {
-        let position = session.position(0);
-        let id = sampler.sample(&mut logits).ok_or(Error::NotFinite { position })?;
+    // What happens with a token that was chosen: `Some` ends the generation.
+    let mut accept = |ids: &mut Vec<u32>, id: u32| {
         ids.push(id);
-        pending = id;
         if options.eos.contains(&id) {
-            finish = Finish::Eos;
-            break;
+            return Some(Finish::Eos);
         }
         if let ControlFlow::Break(reason) = watch(Event::Token(id)) {
-            finish = reason;
-            break;
+            return Some(reason);
         }
-        if ids.len() < options.max_new_tokens {
-            logits = session.run(&[id], &one, &[0])?;
+        (ids.len() == options.max_new_tokens).then_some(Finish::Length)
+    };
+    if options.max_new_tokens > 0 {
+        let position = session.position(0);
+        let first = sampler.sample(&mut logits).ok_or(Error::NotFinite { position })?;
+        let mut ended = accept(&mut ids, first);
+        if session.has_steps(1) && ended.is_none() {
+            let mut steps = session.steps(&[sampler.start(0, first)], true)?;
+            while ended.is_none() {
+                let position = position + ids.len() as u64;
+                steps.launch(AHEAD.min(options.max_new_tokens - ids.len()))?;
+                let Some(id) = steps.read()?[0] else { return Err(Error::NotFinite { position }) };
+                ended = accept(&mut ids, id);
+            }
+            steps.finish()?;
         }
+        let one = Pack::from_lengths([1]).map_err(hognose_model::Error::from)?;
+        while ended.is_none() {
+            logits = session.run(&ids[ids.len() - 1..], &one, &[0])?;
+            let position = session.position(0);
+            let id = sampler.sample(&mut logits).ok_or(Error::NotFinite { position })?;
+            ended = accept(&mut ids, id);
+        }
+        finish = ended.unwrap_or(finish);
     }
     let seconds = start.elapsed().as_secs_f64();
     let mut state = session.state(0);
-    state.pending = vec![pending];
+    state.pending = vec![ids.last().copied().unwrap_or(last)];
     Ok(Generated { prompt_ids, ids, finish, prompt_seconds, seconds, state })
+}
+
+/// What one of several sequences gave.
+#[derive(Clone, Debug)]
+pub struct Continued {
+    /// The new ids.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Continues several prompts at once, each in a slot of the session and with its own options, from their beginning.
+/// `watch` sees every new token with the number of its prompt and may end that sequence. Sequences that have ended are
+/// left out once they are half of those that are carried along.
+pub fn generate_all(
+    session: &mut Session<'_>,
+    prompts: &[Vec<u32>],
+    options: &[GenerateOptions],
+    mut watch: impl FnMut(usize, u32) -> ControlFlow<Finish>,
+) -> Result<Vec<Continued>, Error> {
+    if prompts.len() != options.len() || prompts.iter().any(Vec::is_empty) {
+        return Err(Error::EmptyPrompt);
+    }
+    let mut samplers = Vec::new();
+    for (slot, (prompt, options)) in prompts.iter().zip(options).enumerate() {
+        session.reset(slot);
+        let mut sampler = Sampler::new(options.sampling.clone())?;
+        sampler.observe(prompt);
+        samplers.push(sampler);
+    }
+    let inputs: Vec<(usize, &[u32])> = prompts.iter().map(Vec::as_slice).enumerate().collect();
+    let mut logits = session.prefill_all(&inputs)?;
+    let mut found = vec![Continued { ids: Vec::new(), finish: Finish::Length }; prompts.len()];
+    let mut active: Vec<usize> = (0..prompts.len()).filter(|&i| options[i].max_new_tokens > 0).collect();
+    // Whether sequence i goes on after a token.
+    let mut accept = |found: &mut Continued, i: usize, id: u32| {
+        found.ids.push(id);
+        let reason = match (options[i].eos.contains(&id), watch(i, id)) {
+            (true, _) => Some(Finish::Eos),
+            (false, ControlFlow::Break(reason)) => Some(reason),
+            (false, ControlFlow::Continue(())) => {
+                (found.ids.len() >= options[i].max_new_tokens).then_some(Finish::Length)
+            }
+        };
+        found.finish = reason.unwrap_or(found.finish);
+        reason.is_none()
+    };
+    let mut first = Ok(());
+    active.retain(|&i| match samplers[i].sample(&mut logits[i]) {
+        Some(id) => accept(&mut found[i], i, id),
+        None => {
+            first = Err(Error::NotFinite { position: session.position(i) });
+            false
+        }
+    });
+    first?;
+    let all: Vec<usize> = (0..prompts.len()).collect();
+    while !active.is_empty() && (session.has_steps(active.len()) || session.has_steps(all.len())) {
+        let carried = if session.has_steps(active.len()) { active.clone() } else { all.clone() };
+        let fits: Vec<bool> = (0..=carried.len()).map(|n| session.has_steps(n)).collect();
+        let starts: Vec<_> =
+            carried.iter().map(|&i| samplers[i].start(i, found[i].ids.last().copied().unwrap_or(0))).collect();
+        let mut steps = session.steps(&starts, false)?;
+        let mut going = active.clone();
+        loop {
+            let enough = going.is_empty() || fits[going.len()] && 2 * going.len() <= carried.len();
+            // Before sequences are left out, what is under way is read: the others have taken these steps.
+            if !enough {
+                steps.launch(AHEAD)?;
+            } else if steps.under_way() == 0 {
+                break;
+            }
+            let ids = steps.read()?;
+            for (&i, id) in carried.iter().zip(ids) {
+                if !going.contains(&i) {
+                    continue;
+                }
+                let Some(id) = id else { return Err(Error::NotFinite { position: found[i].ids.len() as u64 }) };
+                samplers[i].chosen(id);
+                if !accept(&mut found[i], i, id) {
+                    going.retain(|&other| other != i);
+                }
+            }
+        }
+        steps.finish()?;
+        active = going;
+    }
+    // Elsewhere all slots take part in every call; those that have ended have no tokens in it.
+    let vocabulary = session.model().config.padded_vocab;
+    while !active.is_empty() {
+        let slots = prompts.len();
+        let lengths: Vec<usize> = (0..slots).map(|i| usize::from(active.contains(&i))).collect();
+        let ids: Vec<u32> = active.iter().filter_map(|&i| found[i].ids.last().copied()).collect();
+        let rows: Vec<usize> = (0..active.len()).collect();
+        let pack = Pack::from_lengths(lengths).map_err(hognose_model::Error::from)?;
+        let mut all = session.run(&ids, &pack, &rows)?;
+        let carried = active.clone();
+        for (&i, logits) in carried.iter().zip(all.chunks_exact_mut(vocabulary)) {
+            let position = session.position(i);
+            let id = samplers[i].sample(logits).ok_or(Error::NotFinite { position })?;
+            if !accept(&mut found[i], i, id) {
+                active.retain(|&other| other != i);
+            }
+        }
+    }
+    Ok(found)
 }

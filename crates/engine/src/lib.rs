@@ -6,5 +6,5 @@ pub mod sampling;
 pub mod text;
 
 pub use error::Error;
-pub use generate::{Finish, GenerateOptions, Generated, generate};
+pub use generate::{Continued, Finish, GenerateOptions, Generated, generate, generate_all};
 pub use sampling::{Sampler, Sampling};

@@ -4,7 +4,9 @@
 
 use std::collections::HashSet;
 
+use hognose_core::ops::sample::Options;
 use hognose_core::rng;
+use hognose_model::steps::Start;
 
 use crate::error::Error;
 
@@ -64,7 +66,7 @@ impl Sampling {
 }
 
 /// Chooses tokens of one sequence.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Sampler {
     options: Sampling,
     seen: HashSet<u32>,
@@ -81,6 +83,23 @@ impl Sampler {
     /// Tells the sampler of tokens that occurred: the prompt's.
     pub fn observe(&mut self, ids: &[u32]) {
         self.seen.extend(ids);
+    }
+
+    /// Tells the sampler of a token that a device chose in its place.
+    pub fn chosen(&mut self, id: u32) {
+        self.seen.insert(id);
+        if self.options.temperature != 0.0 {
+            self.draws += 1;
+        }
+    }
+
+    /// How a device goes on choosing for the sequence in `slot` after the token `id`.
+    pub fn start(&self, slot: usize, id: u32) -> Start {
+        let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, vocabulary, seed } = self.options;
+        let vocabulary = vocabulary.unwrap_or(usize::MAX);
+        let options = Options { temperature, top_k, top_p, min_p, repetition_penalty, vocabulary, seed };
+        let seen = if repetition_penalty == 1.0 { Vec::new() } else { self.seen.iter().copied().collect() };
+        Start { slot, id, options, draws: self.draws, seen }
     }
 
     /// Chooses a token, or `None` if the logits are not all finite. Changes `logits`.

@@ -13,6 +13,7 @@ pub mod network;
 pub mod presets;
 pub mod session;
 pub mod state;
+pub mod steps;
 pub mod tokenizer;
 pub mod weights;
 

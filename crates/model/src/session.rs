@@ -6,7 +6,7 @@ use hognose_core::{Buffer, Device, Graph, Pack, Plan, Slice};
 
 use crate::config::{Mixer, ModelConfig};
 use crate::error::Error;
-use crate::network::{IDS, ROWS, Recorder, SEGMENTS, States};
+use crate::network::{IDS, MAILBOX, ROWS, Recorder, SEGMENTS, States, has_step};
 use crate::state::{State, StatePool};
 use crate::weights::{Form, Weights};
 
@@ -34,34 +34,49 @@ pub struct Model {
 /// bit for bit on the CPU for Mamba-1, and for Mamba-2 where the cuts fall on its chunk grid.
 #[derive(Debug)]
 pub struct Session<'m> {
-    model: &'m Model,
+    pub(crate) model: &'m Model,
     plans: HashMap<Shape, Compiled>,
-    arena: Buffer,
-    pool: StatePool,
-    positions: Vec<u64>,
+    pub(crate) arena: Buffer,
+    pub(crate) pool: StatePool,
+    pub(crate) positions: Vec<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    tokens: usize,
-    rows: usize,
+pub(crate) struct Shape {
+    pub tokens: usize,
+    pub rows: usize,
+    pub kind: Kind,
+}
+
+/// What a plan computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// Any pack.
+    Pack,
+    /// One token of each sequence, on a GPU.
+    Step,
+    /// The same and the choice of the next tokens, perhaps with a penalty on those that occurred.
+    Choice { penalty: bool },
 }
 
 #[derive(Debug)]
-struct Compiled {
-    plan: Plan,
-    /// Ids, segment offsets, row numbers and logits, one after another.
-    io: Buffer,
-    sources: Vec<Source>,
+pub(crate) struct Compiled {
+    pub plan: Plan,
+    /// Inputs and logits, one after another.
+    pub io: Buffer,
+    pub sources: Vec<Source>,
+    /// Where chosen ids are left.
+    pub mailbox: Option<Buffer>,
     logits: usize,
 }
 
 /// Where the memory of an external lies: byte offsets.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+pub(crate) enum Source {
     Weights(usize),
     State(usize),
     Io(usize),
+    Mailbox,
 }
 
 impl<'m> Session<'m> {
@@ -164,15 +179,8 @@ impl<'m> Session<'m> {
         if let Some(&row) = rows.iter().find(|&&r| r >= ids.len()) {
             return Err(Error::Row { row, rows: ids.len() });
         }
-        let shape = Shape { tokens: ids.len(), rows: rows.len() };
-        if !self.plans.contains_key(&shape) {
-            let compiled = self.compile(shape)?;
-            if compiled.plan.arena_bytes() > self.arena.bytes() {
-                self.arena = self.model.device.alloc(0)?;
-                self.arena = self.model.device.arena(&compiled.plan)?;
-            }
-            self.plans.insert(shape, compiled);
-        }
+        let shape = self.shape(pack, rows);
+        self.prepare(shape)?;
         let compiled = &self.plans[&shape];
         let bindings = self.bindings(compiled, ids, pack, rows);
         self.model.device.run(&compiled.plan, &self.arena, &bindings)?;
@@ -189,9 +197,39 @@ impl<'m> Session<'m> {
     /// As [`Session::run`].
     pub fn profile(&mut self, ids: &[u32], pack: &Pack, rows: &[usize]) -> Result<Vec<(&'static str, f64)>, Error> {
         self.run(ids, pack, rows)?;
-        let compiled = &self.plans[&Shape { tokens: ids.len(), rows: rows.len() }];
+        let compiled = &self.plans[&self.shape(pack, rows)];
         let bindings = self.bindings(compiled, ids, pack, rows);
         Ok(self.model.device.profile(&compiled.plan, &self.arena, &bindings)?)
+    }
+
+    /// Makes sure of the plan for a shape and of memory to run it in.
+    pub(crate) fn prepare(&mut self, shape: Shape) -> Result<(), Error> {
+        if !self.plans.contains_key(&shape) {
+            let compiled = self.compile(shape)?;
+            if compiled.plan.arena_bytes() > self.arena.bytes() {
+                self.arena = self.model.device.alloc(0)?;
+                self.arena = self.model.device.arena(&compiled.plan)?;
+            }
+            self.plans.insert(shape, compiled);
+        }
+        Ok(())
+    }
+
+    /// The plan that [`Session::prepare`] made.
+    pub(crate) fn compiled(&self, shape: Shape) -> &Compiled {
+        &self.plans[&shape]
+    }
+
+    /// Which plan a call needs.
+    fn shape(&self, pack: &Pack, rows: &[usize]) -> Shape {
+        let Model { config, weights, .. } = self.model;
+        let tokens = pack.tokens();
+        let one_each = rows.len() == tokens
+            && tokens == pack.segments()
+            && pack.offsets().iter().enumerate().all(|(i, &offset)| i as i32 == offset)
+            && rows.iter().enumerate().all(|(i, &row)| i == row);
+        let step = one_each && has_step(config, weights.form(), tokens);
+        Shape { tokens, rows: rows.len(), kind: if step { Kind::Step } else { Kind::Pack } }
     }
 
     /// Writes the inputs of a call and says where the memory of its externals is.
@@ -212,9 +250,41 @@ impl<'m> Session<'m> {
                     }
                     io.at(offset)
                 }
+                Source::Mailbox => unreachable!("only plans that choose have a mailbox"),
             });
         }
         bindings
+    }
+
+    /// Processes prompts of several slots in packs of about [`Session::prefill_tokens`] tokens, and returns the logits
+    /// after the last token of each. No prompt may be empty.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn prefill_all(&mut self, prompts: &[(usize, &[u32])]) -> Result<Vec<Vec<f32>>, Error> {
+        let (budget, vocabulary) = (self.prefill_tokens(), self.model.config.padded_vocab);
+        let mut logits = vec![Vec::new(); prompts.len()];
+        let mut done = vec![0; prompts.len()];
+        while done.iter().zip(prompts).any(|(&done, (_, ids))| done < ids.len()) {
+            let mut parts: Vec<&[u32]> = vec![&[]; self.pool.slots()];
+            let (mut room, mut ends) = (budget, Vec::new());
+            for (i, &(slot, ids)) in prompts.iter().enumerate() {
+                let part = &ids[done[i]..ids.len().min(done[i] + room)];
+                room -= part.len();
+                done[i] += part.len();
+                parts[slot] = part;
+                if !part.is_empty() && done[i] == ids.len() {
+                    ends.push((slot, i));
+                }
+            }
+            let pack = Pack::from_lengths(parts.iter().map(|p| p.len()))?;
+            let rows: Vec<usize> = ends.iter().map(|&(slot, _)| pack.offsets()[slot + 1] as usize - 1).collect();
+            let found = self.run(&parts.concat(), &pack, &rows)?;
+            for (row, &(_, i)) in found.chunks_exact(vocabulary).zip(&ends) {
+                logits[i] = row.to_vec();
+            }
+        }
+        Ok(logits)
     }
 
     /// Processes the tokens of slot 0 in chunks, so that memory does not grow with their number, and returns the
@@ -241,7 +311,13 @@ impl<'m> Session<'m> {
 
     fn compile(&self, shape: Shape) -> Result<Compiled, Error> {
         let Model { config, weights, device } = self.model;
-        let plan = device.plan(graph(config, weights.form(), self.pool.slots(), shape.tokens, shape.rows)?)?;
+        let (form, slots) = (weights.form(), self.pool.slots());
+        let plan = device.plan(match shape.kind {
+            Kind::Pack => graph(config, form, slots, shape.tokens, shape.rows)?,
+            Kind::Step => step_graph(config, form, slots, shape.tokens)?,
+            Kind::Choice { penalty } => choice_graph(config, form, slots, shape.tokens, penalty)?,
+        })?;
+        let mut mailbox = None;
         let mut io_bytes = 0;
         let mut logits = 0;
         let mut sources = Vec::new();
@@ -250,6 +326,9 @@ impl<'m> Session<'m> {
                 Source::Weights(slice.offset)
             } else if let Some(slice) = self.pool.slice(&external.name, false) {
                 Source::State(slice.offset)
+            } else if external.name == MAILBOX {
+                mailbox = Some(device.alloc_mailbox(device.external_bytes(&plan, external.tensor))?);
+                Source::Mailbox
             } else {
                 let offset = io_bytes;
                 if external.name == LOGITS {
@@ -261,7 +340,7 @@ impl<'m> Session<'m> {
             sources.push(source);
         }
         let io = device.alloc(io_bytes)?;
-        Ok(Compiled { plan, io, sources, logits })
+        Ok(Compiled { plan, io, sources, mailbox, logits })
     }
 }
 
@@ -279,6 +358,34 @@ pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows
         let logits = recorder.logits(hidden)?;
         recorder.graph.output(LOGITS, logits)?;
     }
+    Ok(recorder.graph)
+}
+
+/// Records a step of `tokens` of `slots` sequences on a GPU, with the logits of all of them.
+///
+/// # Errors
+/// Sizes that the ops refuse; [`has_step`] says beforehand whether they do.
+pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
+    let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
+    let logits = recorder.step_logits()?;
+    recorder.graph.output(LOGITS, logits)?;
+    Ok(recorder.graph)
+}
+
+/// Records a step of `tokens` of `slots` sequences on a GPU and the choice of the next token of each, which replaces
+/// the one that was read.
+///
+/// # Errors
+/// As [`step_graph`].
+pub fn choice_graph(
+    config: &ModelConfig,
+    form: Form,
+    slots: usize,
+    tokens: usize,
+    penalty: bool,
+) -> Result<Graph, Error> {
+    let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
+    recorder.step_choice(penalty)?;
     Ok(recorder.graph)
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use hognose_core::graph::Recompute;
 use serde::{Deserialize, Serialize};
 
 use crate::data::sources::DEFAULT_FIELD;
@@ -51,6 +52,60 @@ pub enum DeviceKind {
     Cuda,
 }
 
+/// What of the forward pass is computed again in the backward pass instead of being kept: `false`, `"cheap"` or `true`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RecomputationText", into = "RecomputationText")]
+pub enum Recomputation {
+    /// Nothing: fastest, most memory.
+    #[default]
+    Nothing,
+    /// Ops that cost little beside their memory: convolutions, Δ, gates.
+    Cheap,
+    /// Every layer: least memory, about a forward pass more work.
+    Layers,
+}
+
+/// [`Recomputation`] as it stands in TOML.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum RecomputationText {
+    All(bool),
+    Some(String),
+}
+
+impl TryFrom<RecomputationText> for Recomputation {
+    type Error = String;
+
+    fn try_from(text: RecomputationText) -> Result<Recomputation, String> {
+        match text {
+            RecomputationText::All(false) => Ok(Recomputation::Nothing),
+            RecomputationText::All(true) => Ok(Recomputation::Layers),
+            RecomputationText::Some(word) if word == "cheap" => Ok(Recomputation::Cheap),
+            RecomputationText::Some(word) => Err(format!("recompute is false, true or \"cheap\", but is \"{word}\"")),
+        }
+    }
+}
+
+impl From<Recomputation> for RecomputationText {
+    fn from(what: Recomputation) -> RecomputationText {
+        match what {
+            Recomputation::Nothing => RecomputationText::All(false),
+            Recomputation::Cheap => RecomputationText::Some("cheap".to_owned()),
+            Recomputation::Layers => RecomputationText::All(true),
+        }
+    }
+}
+
+impl From<Recomputation> for Recompute {
+    fn from(what: Recomputation) -> Recompute {
+        match what {
+            Recomputation::Nothing => Recompute::Nothing,
+            Recomputation::Cheap => Recompute::Cheap,
+            Recomputation::Layers => Recompute::All,
+        }
+    }
+}
+
 /// Micro-batches of a step that are taken for real: all of them are in memory at once.
 const MAX_ACCUMULATION: usize = 1 << 16;
 
@@ -89,8 +144,8 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Whether the state goes on from window to window inside a document.
     pub carry_state: bool,
-    /// Whether the forward pass of each layer is computed again in the backward pass instead of being kept.
-    pub recompute: bool,
+    /// What of the forward pass is computed again in the backward pass instead of being kept.
+    pub recompute: Recomputation,
     /// Probability of dropping a value, in `[0, 1)`.
     pub dropout: f64,
     /// Steps from one evaluation to the next; 0 evaluates only at the end.
@@ -172,7 +227,7 @@ impl Default for TrainConfig {
             batch: 8,
             accumulation: 1,
             carry_state: false,
-            recompute: false,
+            recompute: Recomputation::Nothing,
             dropout: 0.0,
             eval_every: 500,
             checkpoint_every: 500,

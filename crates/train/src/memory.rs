@@ -1,13 +1,12 @@
 //! Memory that a run needs on each device, known before anything is taken, and what to change where it is too much.
 
 use hognose_core::error::human_bytes;
-use hognose_core::graph::Recompute;
 use hognose_core::{DType, Device, Graph, Plan};
 use hognose_model::config::ModelConfig;
 use hognose_model::state::LayerState;
 use hognose_model::weights::{Form, Weights};
 
-use crate::config::{Dtype, TrainConfig};
+use crate::config::{Dtype, Recomputation, TrainConfig};
 use crate::error::Error;
 use crate::evaluate::SEGMENT_GRID;
 use crate::step::{GradientPlan, StepShape};
@@ -33,15 +32,17 @@ pub(crate) fn shape(config: &TrainConfig, windows: usize) -> StepShape {
         gradients: true,
         accumulate: config.accumulation > 1,
         dropout: config.dropout as f32,
-        recompute: if config.recompute { Recompute::All } else { Recompute::Nothing },
+        recompute: config.recompute.into(),
     }
 }
 
 /// Bytes that one device needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Need {
-    /// Parameters, gradients, moments, and what a device needs for itself.
+    /// Parameters, gradients and moments.
     pub persistent: u64,
+    /// What the device needs for itself.
+    pub reserve: u64,
     /// All intermediate tensors of a micro-batch.
     pub arena: u64,
     /// What they would take without sharing.
@@ -53,7 +54,7 @@ pub(crate) struct Need {
 impl Need {
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.persistent + self.arena + self.states
+        self.persistent + self.reserve + self.arena + self.states
     }
 
     fn of(
@@ -68,12 +69,13 @@ impl Need {
         let shape = shape(config, windows);
         let weights = |form| Weights::required_bytes(device, model, form) as u64;
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
-        let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32)) + reserve;
+        let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32));
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
         let state: usize = model.layers.iter().map(|layer| LayerState::of(layer)).map(|s| 4 * (s.conv + s.ssm)).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };
         Ok(Need {
             persistent,
+            reserve,
             arena: plan.arena_bytes() as u64,
             unshared: plan.unshared_bytes() as u64,
             states: (state * states) as u64,
@@ -125,6 +127,9 @@ fn check_with(
         human_bytes(need.persistent),
         human_bytes(need.arena + need.states)
     );
+    if need.reserve > 0 {
+        advice.push_str(&format!(", {} are for kernels and libraries", human_bytes(need.reserve)));
+    }
     let mut found = Vec::new();
     for (what, other) in dials(config, devices, matches!(device, Device::Cuda(_))) {
         let total = Need::of(device, plan, model, &other, devices)?.total();
@@ -143,10 +148,14 @@ fn check_with(
 fn dials(config: &TrainConfig, devices: usize, gpu: bool) -> Vec<(String, TrainConfig)> {
     let mut found = Vec::new();
     let mut all = (Vec::new(), config.clone());
-    if !config.recompute {
-        found.push(("--recompute".to_string(), TrainConfig { recompute: true, ..config.clone() }));
+    if config.recompute == Recomputation::Nothing {
+        let cheap = TrainConfig { recompute: Recomputation::Cheap, ..config.clone() };
+        found.push(("--recompute cheap".to_string(), cheap));
+    }
+    if config.recompute != Recomputation::Layers {
+        found.push(("--recompute".to_string(), TrainConfig { recompute: Recomputation::Layers, ..config.clone() }));
         all.0.push("--recompute".to_string());
-        all.1.recompute = true;
+        all.1.recompute = Recomputation::Layers;
     }
     if gpu && config.dtype == Dtype::F32 {
         found.push(("--dtype bf16".to_string(), TrainConfig { dtype: Dtype::Bf16, ..config.clone() }));
@@ -218,13 +227,20 @@ mod tests {
 
     #[test]
     fn dials_are_those_that_are_left() {
-        let most = TrainConfig { recompute: true, dtype: Dtype::Bf16, batch: 1, length: 1, ..TrainConfig::default() };
+        let most = TrainConfig {
+            recompute: Recomputation::Layers,
+            dtype: Dtype::Bf16,
+            batch: 1,
+            length: 1,
+            ..TrainConfig::default()
+        };
         assert!(dials(&most, 1, true).is_empty());
         let names = |config: &TrainConfig, devices, gpu| {
             dials(config, devices, gpu).into_iter().map(|d| d.0).collect::<Vec<_>>()
         };
         let config = TrainConfig { batch: 6, accumulation: 2, length: 100, ..TrainConfig::default() };
         let expected = [
+            "--recompute cheap",
             "--recompute",
             "--dtype bf16",
             "--batch 3 --accumulate 4",
@@ -245,6 +261,6 @@ mod tests {
         let bf16 = TrainConfig { dtype: Dtype::Bf16, ..f32.clone() };
         assert!(need(&bf16).arena < need(&f32).arena);
         assert!(need(&bf16).persistent > need(&f32).persistent, "a rounded copy of the parameters");
-        assert!(need(&TrainConfig { recompute: true, ..bf16.clone() }).arena < need(&bf16).arena);
+        assert!(need(&TrainConfig { recompute: Recomputation::Layers, ..bf16.clone() }).arena < need(&bf16).arena);
     }
 }

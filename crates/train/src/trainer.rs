@@ -110,8 +110,10 @@ fn start<T>(
     ranks::run(
         devices,
         |device, rank| {
+            // Before memory is taken: it needs some to measure in.
+            let peak_flops = device.measure_ceiling().flops;
             let worker = Worker::new(config, setup, device, rank, from)?;
-            lead(Trainer::new(worker, setup, documents, from.map(|f| &f.1))?)
+            lead(Trainer::new(worker, peak_flops, setup, documents, from.map(|f| &f.1))?)
         },
         |device, rank| Worker::new(config, setup, device, rank, from)?.follow(),
     )
@@ -131,6 +133,8 @@ struct Trainer<'a> {
     begin: Instant,
     /// When the last step's results were seen, or something else than steps had been done.
     last_step: Instant,
+    /// Steps of this session whose results were seen.
+    steps_seen: u64,
     seconds_per_step: Option<f64>,
     /// Seconds that the last evaluation needed per byte.
     evaluation_speed: Option<f64>,
@@ -140,6 +144,7 @@ struct Trainer<'a> {
 impl<'a> Trainer<'a> {
     fn new(
         worker: Worker,
+        peak_flops: f64,
         setup: &'a Setup,
         documents: Option<(Vec<Document>, Vec<Document>)>,
         progress: Option<&Progress>,
@@ -157,7 +162,7 @@ impl<'a> Trainer<'a> {
         let device = &worker.model.device;
         let evaluator = Evaluator::new(device, &setup.model, worker.config.batch)?;
         Ok(Trainer {
-            peak_flops: device.measure_ceiling().flops,
+            peak_flops,
             elapsed_before: progress.elapsed,
             worker,
             setup,
@@ -166,6 +171,7 @@ impl<'a> Trainer<'a> {
             progress,
             begin,
             last_step: Instant::now(),
+            steps_seen: 0,
             seconds_per_step: None,
             evaluation_speed: None,
             baselines: None,
@@ -305,10 +311,12 @@ impl<'a> Trainer<'a> {
         self.progress.elapsed = self.elapsed();
         let seconds = self.last_step.elapsed().as_secs_f64();
         self.last_step = Instant::now();
+        // The first step of a session makes plans, and on a GPU compiles: the second one says what steps take.
         let smoothed = match self.seconds_per_step {
-            Some(mean) => mean + TIME_SMOOTHING * (seconds - mean),
-            None => seconds,
+            Some(mean) if self.steps_seen > 1 => mean + TIME_SMOOTHING * (seconds - mean),
+            _ => seconds,
         };
+        self.steps_seen += 1;
         self.seconds_per_step = Some(smoothed);
         let config = &self.worker.config;
         let steps = self.progress.schedule.steps;

@@ -1,8 +1,8 @@
 //! Kernels from source: the cubin in the cache folder, else NVRTC.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char};
-use std::path::PathBuf;
+use std::ffi::{CStr, CString, OsString, c_char};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,6 +15,8 @@ use crate::error::Error;
 
 /// Put in front of every kernel.
 pub(super) const PRELUDE: &str = include_str!("prelude.cu");
+
+const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
 
 /// The CUDA C++ of an op. Its kernels vary by macros that a launch defines.
 #[derive(Debug)]
@@ -66,14 +68,9 @@ pub fn compile(variant: &Variant, arch: &str) -> Result<Compiled, Error> {
     let Program { name, source } = variant.program;
     let source = CString::new(format!("{PRELUDE}\n{defines}#line 1 \"{name}/kernel.cu\"\n{source}"))
         .map_err(|_| failed("the source holds a zero byte"))?;
-    let mut options: Vec<CString> = Vec::new();
-    let mut option = |text: String| -> Result<(), Error> {
-        options.push(CString::new(text).map_err(|_| failed("an option holds a zero byte"))?);
-        Ok(())
-    };
-    option(format!("--gpu-architecture={arch}"))?;
-    option("--std=c++17".into())?;
-    option("--ptxas-options=-v".into())?;
+    let options: Result<Vec<CString>, _> =
+        OPTIONS.iter().map(|o| (*o).into()).chain([format!("--gpu-architecture={arch}")]).map(CString::new).collect();
+    let options = options.map_err(|_| failed("an option holds a zero byte"))?;
     let pointers: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
     // SAFETY: all pointers are valid for the calls, sizes are asked for before buffers are filled, and the program is
     // destroyed once.
@@ -113,9 +110,9 @@ pub fn compile(variant: &Variant, arch: &str) -> Result<Compiled, Error> {
     }
 }
 
-/// The folder that keeps compiled kernels: `HOGNOSE_CACHE`, else `hognose` in the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+/// The folder that keeps compiled kernels: `HOGNOSE_CACHE`, else `hognose` in the user's cache folder, if there is one.
+fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let set = |name: &str| variable(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let base = set("HOGNOSE_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("hognose")))
         .or_else(|| set("HOME").map(|p| p.join(".cache/hognose")))
@@ -125,21 +122,21 @@ fn cache_folder() -> Option<PathBuf> {
 
 /// The machine code of a variant, from the cache folder if it is there. Several processes may do this at once: a file
 /// appears complete or not at all. A folder that cannot be written only costs time.
-fn cubin(variant: &Variant, arch: &str) -> Result<Vec<u8>, Error> {
+fn cubin(variant: &Variant, arch: &str, folder: Option<&Path>) -> Result<Vec<u8>, Error> {
     let compiler = {
         Library::Nvrtc.load()?;
         let (mut major, mut minor) = (0, 0);
         // SAFETY: two integers to write to.
         unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
-        format!("nvrtc {major}.{minor} {arch}")
+        format!("nvrtc {major}.{minor} {arch} {OPTIONS:?}")
     };
     let mut hasher = blake3::Hasher::new();
     for part in [PRELUDE, variant.program.source, &variant.key(), &compiler] {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part.as_bytes());
     }
-    let file =
-        cache_folder().map(|f| f.join(format!("{}-{}.cubin", variant.program.name, &hasher.finalize().to_hex()[..32])));
+    let name = format!("{}-{}.cubin", variant.program.name, &hasher.finalize().to_hex()[..32]);
+    let file = folder.map(|f| f.join(name));
     // The last 32 bytes are a checksum, so that a damaged file is compiled anew.
     if let Some(bytes) = file.as_ref().and_then(|f| std::fs::read(f).ok())
         && let Some((code, sum)) = bytes.split_last_chunk::<32>()
@@ -154,9 +151,9 @@ fn cubin(variant: &Variant, arch: &str) -> Result<Vec<u8>, Error> {
         let partial = file.with_extension(unique);
         let mut bytes = compiled.cubin.clone();
         bytes.extend_from_slice(blake3::hash(&compiled.cubin).as_bytes());
-        let written = file.parent().map(std::fs::create_dir_all).transpose().is_ok()
-            && std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, &file)).is_ok();
-        if !written {
+        let made = file.parent().map_or(Ok(()), std::fs::create_dir_all);
+        let written = made.and_then(|()| std::fs::write(&partial, bytes));
+        if written.and_then(|()| std::fs::rename(&partial, &file)).is_err() {
             let _ = std::fs::remove_file(&partial);
         }
     }
@@ -189,6 +186,7 @@ impl Kernels {
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
         let missing: Vec<(&String, &Variant)> =
             variants.iter().filter(|(k, _)| !loaded.modules.contains_key(*k)).collect();
+        let folder = cache_folder(|name| std::env::var_os(name));
         let next = AtomicU64::new(0);
         let results = Mutex::new(Vec::new());
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(missing.len());
@@ -196,7 +194,7 @@ impl Kernels {
             for _ in 0..threads {
                 scope.spawn(|| {
                     while let Some((key, variant)) = missing.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                        let result = cubin(variant, &self.arch);
+                        let result = cubin(variant, &self.arch, folder.as_deref());
                         results.lock().unwrap_or_else(|e| e.into_inner()).push(((*key).clone(), result));
                     }
                 });
@@ -206,7 +204,8 @@ impl Kernels {
             let image = result?;
             let mut module = std::ptr::null_mut();
             // SAFETY: the image is a cubin with its size inside.
-            check("loading a kernel", unsafe { driver::cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
+            let what = "loading a kernel, which a driver older than NVRTC may refuse";
+            check(what, unsafe { driver::cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
             loaded.modules.insert(key, module);
         }
         Ok(())
@@ -234,5 +233,115 @@ impl Kernels {
             *allowed = shared;
         }
         Ok(*function)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static PROGRAM: Program =
+        Program { name: "compile_test", source: "KERNEL set_one(float* out) { out[threadIdx.x] = VALUE; }" };
+
+    fn variant(value: &str) -> Variant {
+        Variant { program: &PROGRAM, defines: vec![("VALUE", value.into())] }
+    }
+
+    /// Whether NVRTC is here; CI sees to it.
+    fn nvrtc_is_there() -> bool {
+        let found = Library::Nvrtc.load();
+        assert!(found.is_ok() || std::env::var_os("HOGNOSE_TEST_NVRTC").is_none(), "{found:?}");
+        found.is_ok()
+    }
+
+    /// A folder of this test's own.
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("hognose-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        folder
+    }
+
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+
+    #[test]
+    fn the_cache_folder_is_the_users() {
+        let folder = |set: &'static [(&str, &str)]| {
+            let value = |name: &str| set.iter().find(|(n, _)| *n == name).map(|(_, v)| v.into());
+            cache_folder(value).map(|p| p.to_string_lossy().into_owned())
+        };
+        assert_eq!(folder(&[]), None);
+        assert_eq!(folder(&[("HOME", "")]), None);
+        assert_eq!(folder(&[("HOME", "/h")]).as_deref(), Some("/h/.cache/hognose/kernels"));
+        assert_eq!(folder(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]).as_deref(), Some("/c/hognose/kernels"));
+        assert_eq!(folder(&[("HOME", "/h"), ("HOGNOSE_CACHE", "/own")]).as_deref(), Some("/own/kernels"));
+    }
+
+    #[test]
+    fn damaged_files_are_made_anew_and_whole_ones_are_read() {
+        if !nvrtc_is_there() {
+            return;
+        }
+        let folder = folder("damaged");
+        let get = || cubin(&variant("1.0f"), "sm_90", Some(&folder)).unwrap();
+        let code = get();
+        let [file] = &files(&folder)[..] else { panic!("one file: {:?}", files(&folder)) };
+        let whole = std::fs::read(file).unwrap();
+        assert_eq!(whole[..code.len()], code);
+        let mut flipped = whole.clone();
+        flipped[code.len() / 2] ^= 1;
+        for damaged in [&[][..], &whole[..10], &whole[..whole.len() - 1], &flipped] {
+            std::fs::write(file, damaged).unwrap();
+            assert_eq!(get(), code);
+            assert_eq!(std::fs::read(file).unwrap(), whole);
+        }
+        let other = [b"other".as_slice(), blake3::hash(b"other").as_bytes()].concat();
+        std::fs::write(file, other).unwrap();
+        assert_eq!(get(), b"other", "it was compiled, not read");
+        assert_ne!(cubin(&variant("2.0f"), "sm_90", Some(&folder)).unwrap(), b"other");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn kernels_compile_without_a_cache_folder() {
+        if !nvrtc_is_there() {
+            return;
+        }
+        let folder = folder("no-folder");
+        std::fs::write(&folder, "a file where the folder should be").unwrap();
+        let code = cubin(&variant("1.0f"), "sm_90", None).unwrap();
+        assert_eq!(cubin(&variant("1.0f"), "sm_90", Some(&folder)).unwrap(), code);
+        assert_eq!(cubin(&variant("1.0f"), "sm_90", Some(&folder.join("below"))).unwrap(), code);
+        std::fs::remove_file(&folder).unwrap();
+    }
+
+    #[test]
+    fn many_fill_the_cache_at_once() {
+        if !nvrtc_is_there() {
+            return;
+        }
+        let folder = folder("together");
+        let results: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let one = || cubin(&variant("1.0f"), "sm_90", Some(&folder)).unwrap();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        assert!(results.iter().all(|code| *code == results[0]));
+        let files = files(&folder);
+        assert!(files.len() == 1 && files[0].extension().is_some_and(|e| e == "cubin"), "{files:?}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_does_not_compile_says_where() {
+        if !nvrtc_is_there() {
+            return;
+        }
+        let message = |value, arch| compile(&variant(value), arch).unwrap_err().to_string();
+        let error = message("nonsense", "sm_90");
+        assert!(error.contains("compile_test VALUE=nonsense") && error.contains("kernel.cu(1)"), "{error}");
+        assert!(message("1.0f", "sm_1").contains("gpu-architecture"));
+        assert!(message("1\0", "sm_90").contains("zero byte"));
     }
 }

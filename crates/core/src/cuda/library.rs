@@ -34,12 +34,21 @@ impl Library {
 
     fn describe(self) -> &'static str {
         match self {
-            Library::Driver => "the NVIDIA driver; install it from your system's packages or from nvidia.com",
-            Library::Nvrtc => {
-                "NVIDIA's run-time compiler; `pip install nvidia-cuda-nvrtc` or the CUDA toolkit brings it"
-            }
-            Library::CublasLt => "cuBLASLt; `pip install nvidia-cublas` or the CUDA toolkit brings it",
-            Library::Nccl => "NCCL, which sums gradients over GPUs; `pip install nvidia-nccl-cu13` brings it",
+            Library::Driver => "the NVIDIA driver, from your system's packages or nvidia.com",
+            Library::Nvrtc => "NVIDIA's run-time compiler, from `pip install nvidia-cuda-nvrtc` or the CUDA toolkit",
+            Library::CublasLt => "matrix products, from `pip install nvidia-cublas` or the CUDA toolkit",
+            Library::Nccl => "sums over several GPUs, from `pip install nvidia-nccl-cu13`",
+        }
+    }
+
+    /// The newest of the functions that are called, without which a library is too old: cudarc panics where one is missing.
+    fn functions(self) -> &'static [&'static str] {
+        match self {
+            Library::Driver => &["cuLaunchKernelEx", "cuGraphInstantiateWithFlags"],
+            Library::Nvrtc => &["nvrtcGetCUBIN"],
+            Library::CublasLt => &["cublasLtMatmul", "cublasLtMatmulAlgoGetHeuristic"],
+            // It is called without cudarc.
+            Library::Nccl => &[],
         }
     }
 
@@ -78,8 +87,13 @@ impl Library {
     /// As [`Library::load`].
     pub(super) fn find(self) -> Result<libloading::Library, Error> {
         let folders = folders();
-        // SAFETY: as in `is_found`.
-        let open = |path: &Path| unsafe { libloading::Library::new(path) }.ok();
+        let open = |path: &Path| {
+            // SAFETY: as in `is_found`.
+            let library = unsafe { libloading::Library::new(path) }.ok()?;
+            // SAFETY: the functions are looked for, not called.
+            let has = |name: &&str| unsafe { library.get::<fn()>(name.as_bytes()) }.is_ok();
+            self.functions().iter().all(has).then_some(library)
+        };
         let by_path = || {
             let mut paths = folders.iter().flat_map(|f| self.names().iter().map(move |n| f.join(n)));
             paths.find_map(|path| path.exists().then(|| open(&path)).flatten())
@@ -91,10 +105,10 @@ impl Library {
             Some(library) if self.is_found() => Ok(library),
             _ => {
                 let places: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-                let also = if places.is_empty() { String::new() } else { format!(" and in {}", places.join(", ")) };
+                let also = if places.is_empty() { String::new() } else { format!(" or in {}", places.join(", ")) };
                 Err(Error::Cuda(format!(
-                    "{} was not found: {}. Looked where the system's loader looks{also}; {FOLDER_VARIABLE} names \
-                     another folder",
+                    "no {} that can be used ({}) was found where the system's loader looks{also}; {FOLDER_VARIABLE} \
+                     names another folder",
                     self.names()[0],
                     self.describe(),
                 )))

@@ -1,7 +1,8 @@
 //! NVIDIA GPUs: the driver found at run time, memory, copies, and everything that a plan needs to run there.
 //!
 //! All work of a [`Cuda`] goes through one stream, so what is enqueued later sees what was enqueued before; sums over
-//! several GPUs alone run beside it inside of a plan. Nothing waits for the GPU but reads.
+//! several GPUs alone run beside it inside of a plan. Nothing waits for the GPU but reads. While one thread captures a
+//! plan no other may touch the stream, so threads take turns.
 
 pub mod blas;
 mod ceiling;
@@ -14,7 +15,7 @@ pub mod nccl;
 pub mod replay;
 
 use std::ffi::CStr;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
@@ -76,6 +77,8 @@ pub struct Cuda {
     kernels: Kernels,
     blas: Blas,
     staging: Mutex<Staging>,
+    /// Held by whoever uses the stream.
+    turn: Mutex<()>,
     /// The first error of a call that could not return one.
     fault: Mutex<Option<String>>,
 }
@@ -185,8 +188,8 @@ impl Cuda {
             let kernels = Kernels::new(format!("sm_{}{}", properties.arch.0, properties.arch.1));
             let staging = Mutex::new(Staging { memory: staging.cast(), half: 0, used: 0, done });
             let blas = Blas::new()?;
-            let (side, fault) = (OnceLock::new(), Mutex::new(None));
-            Ok(Cuda { ordinal, properties, context, stream, side, kernels, blas, staging, fault })
+            let (side, turn, fault) = (OnceLock::new(), Mutex::new(()), Mutex::new(None));
+            Ok(Cuda { ordinal, properties, context, stream, side, kernels, blas, staging, turn, fault })
         }
     }
 
@@ -224,6 +227,11 @@ impl Cuda {
         &self.blas
     }
 
+    /// Waits until no other thread uses the stream.
+    pub(crate) fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes the context current in this thread.
     pub fn bind(&self) -> Result<(), Error> {
         // SAFETY: the context lives as long as the process.
@@ -242,6 +250,7 @@ impl Cuda {
     /// Device memory, zero at first.
     pub(crate) fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         self.bind()?;
+        let _turn = self.turn();
         let mut ptr = 0;
         // SAFETY: the pointer is valid; the memory is as large as what is cleared.
         unsafe {
@@ -253,11 +262,47 @@ impl Cuda {
 
     /// Gives memory of [`Cuda::alloc`] back, once the stream is done with it.
     pub(crate) fn free(&self, ptr: u64) {
+        let _turn = self.turn();
         // SAFETY: the memory came from `alloc`, and the stream is done with it.
         unsafe {
             if self.bind().is_ok() && sys::cuStreamSynchronize(self.stream) == sys::CUresult::CUDA_SUCCESS {
                 sys::cuMemFree_v2(ptr);
             }
+        }
+    }
+
+    /// Page-locked memory of the host that kernels can write, zero at first: host and device use the same address.
+    pub(crate) fn alloc_mapped(&self, bytes: usize) -> Result<u64, Error> {
+        self.bind()?;
+        let mut ptr = std::ptr::null_mut();
+        // SAFETY: the pointer is valid; the memory is as large as what is cleared.
+        unsafe {
+            let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+            check("page-locking memory", sys::cuMemHostAlloc(&mut ptr, bytes.max(1), flags))?;
+            std::ptr::write_bytes(ptr.cast::<u8>(), 0, bytes);
+        }
+        Ok(ptr as u64)
+    }
+
+    /// Gives memory of [`Cuda::alloc_mapped`] back, once the stream is done with it.
+    pub(crate) fn free_mapped(&self, ptr: u64) {
+        // SAFETY: the memory came from `alloc_mapped`, and the stream is done with it.
+        unsafe {
+            if self.bind().is_ok() && sys::cuStreamSynchronize(self.stream) == sys::CUresult::CUDA_SUCCESS {
+                sys::cuMemFreeHost(ptr as *mut std::ffi::c_void);
+            }
+        }
+    }
+
+    /// Whether everything that was enqueued is done.
+    ///
+    /// # Errors
+    /// What went wrong in a kernel.
+    pub(crate) fn is_idle(&self) -> Result<bool, Error> {
+        // SAFETY: the stream lives as long as this.
+        match unsafe { sys::cuStreamQuery(self.stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("waiting for the GPU", result).map(|()| true),
         }
     }
 
@@ -284,6 +329,7 @@ impl Cuda {
     /// `ptr` is device memory of at least as many bytes.
     pub(crate) unsafe fn write(&self, ptr: u64, from: &[u8]) {
         self.note(self.bind());
+        let _turn = self.turn();
         // SAFETY: the staging memory has STAGING bytes, a half is used again only when the copies out of it are done,
         // and large copies are finished before this returns.
         unsafe {
@@ -318,6 +364,7 @@ impl Cuda {
     /// `ptr` is device memory of at least as many bytes.
     pub(crate) unsafe fn read(&self, ptr: u64, to: &mut [u8]) {
         self.note(self.bind());
+        let _turn = self.turn();
         // SAFETY: the caller's; the copy is done before this returns.
         unsafe {
             self.note(check(
@@ -344,6 +391,7 @@ impl Cuda {
     /// `ptr` is device memory of at least `bytes` bytes.
     pub(crate) unsafe fn fill(&self, ptr: u64, byte: u8, bytes: usize) {
         self.note(self.bind());
+        let _turn = self.turn();
         // SAFETY: the caller's.
         self.note(check("clearing device memory", unsafe { sys::cuMemsetD8Async(ptr, byte, bytes, self.stream) }));
     }
@@ -354,8 +402,10 @@ impl Cuda {
     /// What went wrong since the last wait, in a kernel or a copy.
     pub fn synchronize(&self) -> Result<(), Error> {
         self.bind()?;
+        let turn = self.turn();
         // SAFETY: the stream lives as long as this.
         check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.stream) })?;
+        drop(turn);
         self.take_fault()
     }
 }

@@ -223,3 +223,25 @@ impl Drop for SideStream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where NCCL is missing this says so and passes, unless `HOGNOSE_TEST_NCCL` is set.
+    #[test]
+    fn the_library_has_what_is_called() {
+        match Api::get() {
+            Ok(api) => {
+                api.check("a test", 0).unwrap();
+                let error = api.check("a test", 4).unwrap_err().to_string();
+                assert!(error.starts_with("CUDA: NCCL, a test: invalid argument"), "{error}");
+            }
+            Err(error) => {
+                assert!(std::env::var_os("HOGNOSE_TEST_NCCL").is_none(), "{error}");
+                assert!(error.to_string().contains("no libnccl.so.2 that can be used"), "{error}");
+                eprintln!("not tested: {error}");
+            }
+        }
+    }
+}

@@ -91,6 +91,8 @@ DEVICE void copy_async16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Brings the line of an address into the level-2 cache.
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 // Waits until at most `Pending` of the committed groups are still under way.
 template <int Pending>
 DEVICE void copy_async_wait() {
@@ -125,6 +127,15 @@ DEVICE void mma_bf16(float* d, const u32* a, const u32* b) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d += a · b for a [16, 8], b [8, 8] in tf32, which is f32 whose lower 13 bits are ignored, and d [16, 8] in f32: d as
+// above; a is (g, t), (g+8, t), (g, t+4), (g+8, t+4); b is (t, g), (t+4, g).
+DEVICE void mma_tf32(float* d, const float* a, const float* b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(f32_to_bits(a[0])), "r"(f32_to_bits(a[1])), "r"(f32_to_bits(a[2])), "r"(f32_to_bits(a[3])),
+                   "r"(f32_to_bits(b[0])), "r"(f32_to_bits(b[1])));
+}
+
 // Programmatic dependent launch: a kernel may start while the one before it ends. Nothing that the one before wrote may
 // be read, and nothing it still reads may be written, before `wait_for_previous`.
 DEVICE void wait_for_previous() {
@@ -135,6 +146,13 @@ DEVICE void wait_for_previous() {
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Starts moving memory into the level-2 cache: `bytes` and the address are multiples of 16.
+DEVICE void prefetch_l2(const void* global, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
 }
 
@@ -275,4 +293,14 @@ DEVICE int segment_of(const int* offsets, int segments, i64 row) {
         if (offsets[middle] <= row) low = middle; else high = middle;
     }
     return segments > 0 && offsets[low] <= row && row < offsets[low + 1] ? low : -1;
+}
+
+// A grid starts moving memory that a later kernel reads into the level-2 cache, each block `part` bytes; both numbers are
+// multiples of 16.
+DEVICE void prefetch_part(const void* memory, int bytes, int part) {
+    if (threadIdx.x != 0) return;
+    int at = (blockIdx.y * gridDim.x + blockIdx.x) * part, end = at + part < bytes ? at + part : bytes;
+#pragma unroll 1
+    for (; at < end; at += 16384)
+        prefetch_l2(static_cast<const char*>(memory) + at, end - at < 16384 ? end - at : 16384);
 }

@@ -37,6 +37,7 @@ impl Cuda {
     pub(crate) fn run(&self, plan: &Plan, arena: *mut u8, externals: &[*mut u8]) -> Result<(), Error> {
         let kept = self.captured(plan, arena, externals)?;
         let Some(capture) = kept.last() else { return Ok(()) };
+        let _turn = self.turn();
         // SAFETY: the graph is instantiated, and the memory that it uses was checked by the caller.
         check("running a plan", unsafe { sys::cuGraphLaunch(capture.graph, self.stream()) })
     }
@@ -75,6 +76,7 @@ impl Cuda {
         plan.run_cuda(&mut collector, arena, externals)?;
         self.kernels().prepare(&collector.variants())?;
         self.blas().prepare(self)?;
+        let _turn = self.turn();
         // SAFETY: the stream is ours; a capture that was begun is ended whatever happens in between.
         unsafe {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;

@@ -126,4 +126,20 @@ impl Io<'_> {
     pub fn workspace(&self) -> (*mut u8, usize) {
         self.workspace
     }
+
+    /// Fills scratch memory and those outputs that lie in `arena` with NaN, so that an op which reads what it did not
+    /// write is found out.
+    #[cfg(test)]
+    pub(crate) fn spoil(&self, arena: &std::ops::Range<*mut u8>) {
+        let (start, bytes) = self.workspace;
+        // SAFETY: the op's own scratch memory, and its own outputs: in the arena none is an input, too.
+        unsafe {
+            start.write_bytes(0xFF, bytes);
+            for out in self.outputs.iter().flatten().filter(|out| arena.contains(&out.ptr)) {
+                for r in 0..out.rows {
+                    out.rows(r, 1).ptr.write_bytes(0xFF, out.cols * out.dtype.size());
+                }
+            }
+        }
+    }
 }

@@ -91,12 +91,11 @@ mod tests {
     use crate::ops::elementwise;
     use crate::{DType, Device};
 
-    /// Runs `2x` for x = rank + 1, summed over that many CPUs; `leaves` does not come.
-    fn run(count: usize, leaves: Option<usize>) -> Vec<Vec<f32>> {
-        let devices = vec![Device::cpu(Some(1)).unwrap(); count];
-        let members = Member::group(&devices).unwrap();
-        let one = |member: Member, device: &Device| {
-            let member = Arc::new(member);
+    /// Runs `2x` for x = rank + 1, summed over these devices; `leaves` does not come. Every plan runs twice: a GPU
+    /// captures the first run and replays it.
+    fn run(devices: &[Device], leaves: Option<usize>) -> Vec<Vec<f32>> {
+        let members: Vec<Arc<Member>> = Member::group(devices).unwrap().into_iter().map(Arc::new).collect();
+        let one = |member: &Arc<Member>, device: &Device| {
             if leaves == Some(member.rank()) {
                 member.leave();
                 return Vec::new();
@@ -106,29 +105,52 @@ mod tests {
             let y = elementwise::scale(&mut g, x, 2.0).unwrap();
             let dest = g.external("y", DType::F32, 2, 3);
             let stored = g.store(y, dest).unwrap();
-            all_reduce(&mut g, &member, &[(stored, dest)]).unwrap();
+            let last = g.external("last", DType::F32, 1, 1);
+            let one = elementwise::fill(&mut g, DType::F32, 1, 1, 1.0).unwrap();
+            let one = g.store(one, last).unwrap();
+            all_reduce(&mut g, member, &[(stored, dest), (one, last)]).unwrap();
             let plan = device.plan(g).unwrap();
             let (arena, memory) = (device.arena(&plan).unwrap(), device.alloc(128).unwrap());
             memory.write(0, &[member.rank() as f32 + 1.0; 6]);
-            device.run(&plan, &arena, &[memory.at(0), memory.at(64)]).unwrap();
-            memory.to_vec::<f32>(64, 6)
+            for _ in 0..2 {
+                device.run(&plan, &arena, &[memory.at(0), memory.at(64), memory.at(88)]).unwrap();
+            }
+            memory.to_vec::<f32>(64, 7)
         };
+        let one = &one;
         std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                members.into_iter().zip(&devices).map(|(m, d)| scope.spawn(move || one(m, d))).collect();
+            let threads: Vec<_> = members.iter().zip(devices).map(|(m, d)| scope.spawn(move || one(m, d))).collect();
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         })
     }
 
+    fn cpus(count: usize) -> Vec<Device> {
+        vec![Device::cpu(Some(1)).unwrap(); count]
+    }
+
     #[test]
     fn all_get_the_sum() {
-        assert_eq!(run(1, None), [[2.0; 6]]);
-        assert_eq!(run(3, None), [[12.0; 6]; 3]);
+        assert_eq!(run(&cpus(1), None), [[2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0]]);
+        let expected = [12.0, 12.0, 12.0, 12.0, 12.0, 12.0, 3.0];
+        assert_eq!(run(&cpus(3), None), [expected; 3]);
+    }
+
+    #[test]
+    fn all_gpus_get_the_sum() {
+        // The emulation has no NCCL.
+        if std::env::var("HOGNOSE_TEST_CUDA").is_ok_and(|v| v != "emulate") {
+            for count in 1..=crate::cuda::Cuda::count() {
+                let gpus: Vec<_> = (0..count).map(|n| Device::cuda(n).unwrap()).collect();
+                let sum = (count * (count + 1)) as f32;
+                let expected = [sum, sum, sum, sum, sum, sum, count as f32];
+                assert_eq!(run(&gpus, None), vec![expected; count]);
+            }
+        }
     }
 
     #[test]
     fn nobody_hangs_when_one_leaves() {
-        let out = run(2, Some(1));
+        let out = run(&cpus(2), Some(1));
         assert!(out[0].iter().all(|v| v.is_nan()), "{out:?}");
     }
 }

@@ -5,9 +5,11 @@ use std::ops::Range;
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::simd::Simd;
+use crate::cuda::{self, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
+use crate::ops::elementwise::cuda::vector;
 use crate::ops::testing::{Value, check_op};
 use crate::ops::vectors::{each, load, store};
 
@@ -54,6 +56,10 @@ impl Op for SquaredRelu {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         run(io.input(0), None, io.output(0), cpu);
     }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        launch(io.input(0), None, io.output(0), launcher)
+    }
 }
 
 /// dx = dy · 2 max(x, 0).
@@ -71,6 +77,10 @@ impl Op for SquaredReluGrad {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         run(io.input(0), Some(io.input(1)), io.output(0), cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        launch(io.input(0), Some(io.input(1)), io.output(0), launcher)
     }
 }
 
@@ -111,6 +121,20 @@ impl Kernel for Rows {
     }
 }
 
+static PROGRAM: Program = Program { name: "squared_relu", source: include_str!("example.cu") };
+
+fn launch(x: Mat, dy: Option<Mat>, out: Mat, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+    let mats: Vec<Mat> = [Some(x), dy, Some(out)].into_iter().flatten().collect();
+    let v = vector(&mats);
+    launcher.launch(
+        cuda::Kernel::new(&PROGRAM, "squared_relu")
+            .define("V", v)
+            .grid((x.rows * (x.cols / v)).div_ceil(256), 1, 1)
+            .threads(256)
+            .args([x.into(), dy.into(), out.into(), x.rows.into(), x.cols.into()]),
+    )
+}
+
 /// Bounds of the values and of the gradients, as max|difference| / max|expected|.
 const BOUND: (f64, f64) = (2e-7, 1e-6);
 
@@ -128,11 +152,14 @@ fn values_and_gradients() {
 }
 
 #[test]
-fn the_guide_quotes_this_file() {
+fn the_guide_quotes_these_files() {
     let guide = include_str!("../../../../docs/adding-an-op.md");
-    let quotes: Vec<&str> = guide.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
-    assert!(!quotes.is_empty());
-    for quote in quotes {
-        assert!(include_str!("example.rs").contains(quote), "docs/adding-an-op.md quotes what is not there:\n{quote}");
+    for (language, file) in [("rust", include_str!("example.rs")), ("cuda", include_str!("example.cu"))] {
+        let start = format!("```{language}\n");
+        let quotes: Vec<&str> = guide.split(&start).skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert!(!quotes.is_empty());
+        for quote in quotes {
+            assert!(file.contains(quote), "docs/adding-an-op.md quotes what is not there:\n{quote}");
+        }
     }
 }

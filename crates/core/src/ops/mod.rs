@@ -13,8 +13,13 @@ pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
+pub mod sample;
+pub mod scan_step;
 pub mod selective_scan;
 pub mod ssd;
+pub mod ssd_step;
+pub mod step_embedding;
+pub mod step_linear;
 pub mod swiglu;
 
 mod tasks;

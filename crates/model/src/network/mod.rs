@@ -4,6 +4,9 @@
 mod mamba1;
 mod mamba2;
 mod mlp;
+mod step;
+
+pub use step::has_step;
 
 use std::collections::BTreeMap;
 
@@ -31,6 +34,16 @@ pub const LOSS_SCALE: &str = "loss_scale";
 pub const DROPOUT_SEED: &str = "dropout_seed";
 /// Name of the external with the rows whose logits are wanted, i32 `[1, rows]`.
 pub const ROWS: &str = "rows";
+/// Name of the external with the slots that the tokens of a step continue, i32 `[1, tokens]`.
+pub const SLOTS: &str = "slots";
+/// Names of the externals of a choice: how each sequence chooses, which ids occurred, how far it is, and where chosen
+/// ids are left (see [`hognose_core::ops::sample`]).
+pub const OPTIONS: &str = "options";
+pub const SEEN: &str = "seen";
+pub const PROGRESS: &str = "progress";
+pub const MAILBOX: &str = "mailbox";
+/// Steps whose ids the mailbox holds.
+pub const MAILBOX_STEPS: usize = 64;
 
 /// Name of the external with a layer's state: the state that segments start from, and the one they end with.
 pub fn state_name(layer: usize, part: &str, end: bool) -> String {

@@ -13,6 +13,7 @@
 
 #pragma once
 #include <csetjmp>
+#include <csignal>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -62,6 +63,8 @@ struct Launch {
     // Stacks for 1024 threads.
     unsigned char* stacks;
     uint64_t stack_bytes;
+    // Called where memory is touched that is not there.
+    void (*fault)(int);
     char error[1024];
 };
 
@@ -279,6 +282,11 @@ static void run_grid(Launch* asked, unsigned most_threads) {
         return fail("needs %lu bytes of shared memory, of %lu", fixed + launch->shared_bytes, launch->shared_most);
     if (launch->threads > most_threads || launch->threads > 1024)
         return fail("%u threads, but __launch_bounds__(%u)", launch->threads, most_threads);
+    struct sigaction action = {};
+    action.sa_handler = launch->fault;
+    action.sa_flags = SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
     std::vector<Fiber> all(launch->threads);
     fibers = all.data();
     uint64_t* bottom;
@@ -388,6 +396,7 @@ EMULATED float rcp(float x) { return emulated_flush(1.0f / emulated_flush(x)); }
 
 EMULATED void copy_async4(void* shared, const void* global) { emulator::copy_later(shared, global, 4, 0); }
 EMULATED void copy_async16(void* shared, const void* global) { emulator::copy_later(shared, global, 16, 0); }
+EMULATED void prefetch(const void*) {}
 EMULATED void copy_async_commit() { emulator::me->group++; }
 template <int Pending>
 EMULATED void copy_async_wait() {
@@ -431,8 +440,25 @@ EMULATED void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     }
 }
 
+EMULATED void mma_tf32(float* d, const float* a, const float* b) {
+    float mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const emulator::Slot* all = emulator::meet(0xffffffffu, "mma_tf32", mine, sizeof mine);
+    auto value = [&](unsigned lane, unsigned reg) {
+        unsigned bits;
+        memcpy(&bits, all[lane] + 4 * reg, 4);
+        return static_cast<double>(bits_to_f32(bits & 0xffffe000u));
+    };
+    unsigned g = emulator::me->lane / 4, t = emulator::me->lane % 4;
+    for (unsigned i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (unsigned k = 0; k < 8; k++) sum += value(g * 4 + k % 4, i / 2 + k / 4 * 2) * value((2 * t + i % 2) * 4 + k % 4, 4 + k / 4);
+        d[i] = static_cast<float>(sum);
+    }
+}
+
 EMULATED void wait_for_previous() {}
 EMULATED void let_next_start() {}
+EMULATED void prefetch_l2(const void*, u32) {}
 
 // --- what CUDA C++ has built in ---------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::blas::Product;
 use super::compile::{PRELUDE, Program, Variant};
@@ -36,7 +36,7 @@ const OPTIONS: [&str; 10] = [
 ];
 
 /// Bytes of a thread's stack, which holds what a GPU has in registers.
-const STACK: usize = 64 << 10;
+const STACK: usize = 256 << 10;
 const MOST_THREADS: usize = 1024;
 
 /// The structure of the same name in `emulator.h`.
@@ -54,6 +54,7 @@ struct Launch {
     shared_most: u64,
     stacks: *mut u8,
     stack_bytes: u64,
+    fault: extern "C" fn(c_int),
     error: [c_char; 1024],
 }
 
@@ -84,7 +85,9 @@ pub(super) fn prepare(variants: &HashMap<String, Variant>) -> Result<(), Error> 
         }
     });
     for (key, result) in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        lock(&LOADED).get_or_insert_default().insert(key, Arc::new(Loaded(Mutex::new(result?))));
+        // Another test may have been faster. Its lock is the one that counts: a library is loaded once.
+        let new = Arc::new(Loaded(Mutex::new(result?)));
+        lock(&LOADED).get_or_insert_default().entry(key).or_insert(new);
     }
     Ok(())
 }
@@ -97,28 +100,34 @@ fn source(variant: &Variant) -> String {
         text.push_str(&format!("#define {name} {value}\n"));
     }
     text.push_str(&format!("#line 1 \"{name}/kernel.cu\"\n"));
-    let mut entries = String::new();
-    for (i, line) in source.lines().enumerate() {
-        if let Some(rest) = line.strip_prefix("KERNEL ") {
-            let (bounds, rest) = match rest.trim_start().strip_prefix("__launch_bounds__(") {
-                Some(rest) => {
-                    let mut depth = 1;
-                    let end = rest.find(|c| {
-                        depth += i32::from(c == '(') - i32::from(c == ')');
-                        depth == 0
-                    });
-                    rest.split_at(end.unwrap_or(0))
-                }
-                None => ("1024", rest),
-            };
-            let entry = rest.trim_start_matches(')').split('(').next().unwrap_or_default().trim();
-            text.push_str(&format!("#define EMULATED_{entry}\n#line {} \"{name}/kernel.cu\"\n", i + 1));
-            entries.push_str(&format!("#ifdef EMULATED_{entry}\nEMULATED_ENTRY({entry}, {bounds})\n#endif\n"));
-        }
-        text.push_str(line);
-        text.push('\n');
+    let (mut entries, mut line, mut rest) = (String::new(), 1, *source);
+    while let Some(at) = rest.find("\nKERNEL ") {
+        let (before, kernel) = rest.split_at(at + 1);
+        let (bounds, entry) = head(kernel);
+        line += before.matches('\n').count();
+        text.push_str(&format!("{before}#define EMULATED_{entry}\n#line {line} \"{name}/kernel.cu\"\nKERNEL "));
+        entries.push_str(&format!("#ifdef EMULATED_{entry}\nEMULATED_ENTRY({entry}, {bounds})\n#endif\n"));
+        rest = &kernel["KERNEL ".len()..];
     }
+    text.push_str(rest);
     text + "}\n" + &entries
+}
+
+/// Launch bounds and name in `KERNEL name(…)` or `KERNEL __launch_bounds__(bounds) name(…)`.
+fn head(kernel: &str) -> (&str, &str) {
+    let kernel = kernel["KERNEL ".len()..].trim_start();
+    let (bounds, rest) = match kernel.strip_prefix("__launch_bounds__(") {
+        Some(rest) => {
+            let mut depth = 1;
+            let end = rest.find(|c| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                depth == 0
+            });
+            rest.split_at(end.unwrap_or(0))
+        }
+        None => ("1024", kernel),
+    };
+    (bounds, rest.trim_start_matches(')').split('(').next().unwrap_or_default().trim())
 }
 
 /// The library of a variant. It stays in a folder beside the test's program, under the hash of all it is made from.
@@ -211,10 +220,10 @@ pub(super) fn launch(kernel: &Kernel, shared_most: u32, reversed: bool) -> Resul
             shared_most: u64::from(shared_most),
             stacks: stacks.as_mut_ptr().cast(),
             stack_bytes: STACK as u64,
+            fault: report_fault,
             error: [0; 1024],
         };
         let running = CString::new(name.clone()).unwrap_or_default();
-        report_faults();
         RUNNING.set(running.as_ptr());
         // SAFETY: the structure is the one that the function expects, everything in it outlives the call, and the
         // operands are memory of the plan that is being run.
@@ -227,32 +236,23 @@ pub(super) fn launch(kernel: &Kernel, shared_most: u32, reversed: bool) -> Resul
 }
 
 /// Names the kernel that touches memory which is not there, before the process ends.
-fn report_faults() {
+extern "C" fn report_fault(_: c_int) {
     unsafe extern "C" {
-        fn signal(number: c_int, handler: usize) -> usize;
         fn write(file: c_int, text: *const c_void, bytes: usize) -> isize;
         fn strlen(text: *const c_char) -> usize;
         fn _exit(code: c_int) -> !;
     }
-    extern "C" fn report(_: c_int) {
-        let running = RUNNING.get();
-        // SAFETY: functions of the C library that a handler may call; the text is alive while its kernel runs.
-        unsafe {
-            if !running.is_null() {
-                let text = c"\nthis kernel touches memory that is not there: ";
-                write(2, text.as_ptr().cast(), text.count_bytes());
-                write(2, running.cast(), strlen(running));
-                write(2, c"\n".as_ptr().cast(), 1);
-            }
-            _exit(139);
+    let running = RUNNING.get();
+    // SAFETY: functions of the C library that a handler may call; the text is alive while its kernel runs.
+    unsafe {
+        if !running.is_null() {
+            let text = c"\nthis kernel touches memory that is not there, or needs more stack: ";
+            write(2, text.as_ptr().cast(), text.count_bytes());
+            write(2, running.cast(), strlen(running));
+            write(2, c"\n".as_ptr().cast(), 1);
         }
+        _exit(139);
     }
-    static ONCE: Once = Once::new();
-    // SAFETY: the handler keeps to what a handler may do. SIGSEGV is 11 and SIGBUS is 7 on Linux.
-    ONCE.call_once(|| unsafe {
-        signal(11, report as extern "C" fn(c_int) as usize);
-        signal(7, report as extern "C" fn(c_int) as usize);
-    });
 }
 
 /// A matrix product in f64.

@@ -45,22 +45,32 @@ pub(super) fn run(io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error>
     let (block, stride) = (rows(tokens, vocabulary, dtype), stride(vocabulary, dtype));
     let logits = start.wrapping_add((4 * tokens).next_multiple_of(256));
     let gradient = dh.is_some() || dw.is_some();
+    // Two blocks at a time on a multiprocessor.
+    let row_bytes = stride * dtype.size();
+    let shared = gradient && row_bytes + 1024 <= launcher.properties().shared as usize / 2;
+    let threads = if shared { 1024 } else { 512 };
     let kernel = |entry: &'static str| {
-        Kernel::new(&PROGRAM, entry).define_type("T", dtype).define("GRADIENT", i32::from(gradient))
+        Kernel::new(&PROGRAM, entry)
+            .define_type("T", dtype)
+            .define("GRADIENT", i32::from(gradient))
+            .define("SHARED", i32::from(shared))
+            .define("THREADS", threads)
     };
     for first in (0..tokens).step_by(block) {
         let count = block.min(tokens - first);
         let logits = Mat { ptr: logits, rows: count, cols: vocabulary, stride, dtype, layout: Layout::Rows };
         let part = h.rows(first, count);
         launcher.product(&Product::new(logits, (part, false), (weight, true)))?;
-        launcher.launch(kernel("losses").grid(count, 1, 1).threads(512).args([
-            logits.into(),
-            Arg::Ptr(targets.address()),
-            scale.into(),
-            nll.into(),
-            first.into(),
-            vocabulary.into(),
-        ]))?;
+        launcher.launch(
+            kernel("losses").grid(count, 1, 1).threads(threads).shared(if shared { row_bytes } else { 0 }).args([
+                logits.into(),
+                Arg::Ptr(targets.address()),
+                scale.into(),
+                nll.into(),
+                first.into(),
+                vocabulary.into(),
+            ]),
+        )?;
         if let Some(dh) = dh {
             launcher.product(&Product::new(dh.rows(first, count), (logits, false), (weight, false)))?;
         }

@@ -1,12 +1,11 @@
 // Losses of rows of logits, and their gradients in place.
 //
 // A block takes a row. It reads the logits twice, first for the maximum and the sum of exponentials (in one pass: the sum
-// is scaled when a larger number comes), then to write the gradient over them; the second reading mostly finds them in
-// the level-2 cache. Memory bounds it: 3 elements of traffic a logit.
+// is scaled when a larger number comes), then to write the gradient over them; where a row fits, the first reading leaves
+// it in shared memory for the second. Memory bounds it: 2 elements of traffic a logit.
 //
-// Macros: T type of the logits; GRADIENT 0 or 1.
+// Macros: T type of the logits; GRADIENT, SHARED 0 or 1; THREADS of a block.
 
-#define THREADS 512
 // Elements of one access.
 #define V (16 / sizeof(T))
 
@@ -27,14 +26,22 @@ DEVICE Running combine(Running a, Running b) {
 // logits become scale · (softmax − one at the target).
 KERNEL __launch_bounds__(THREADS) losses(Mat<T> logits, const int* targets, Mat<float> scale, Mat<float> nll, i64 first, i64 width) {
     __shared__ float tops[32], sums[32];
+#if SHARED
+    DYNAMIC_SHARED(bytes);
+    T* kept = reinterpret_cast<T*>(bytes);
+#endif
     T* row = logits.row(blockIdx.x);
     i64 target = targets[first + blockIdx.x];
     Running mine = {-3.4028234e38f, 0.0f};
     bool odd = false;
+#pragma unroll 4
     for (i64 c = threadIdx.x * V; c < width; c += THREADS * V) {
         float v[V];
         int count = width - c < static_cast<i64>(V) ? static_cast<int>(width - c) : static_cast<int>(V);
         load<V>(v, row + c);
+#if SHARED
+        store<V>(kept + c, v);
+#endif
         float top = mine.top;
 #pragma unroll
         for (int k = 0; k < V; k++) {
@@ -68,7 +75,11 @@ KERNEL __launch_bounds__(THREADS) losses(Mat<T> logits, const int* targets, Mat<
     float share = factor / all.sum;
     for (i64 c = threadIdx.x * V; c < width; c += THREADS * V) {
         float v[V];
+#if SHARED
+        load<V>(v, kept + c);
+#else
         load<V>(v, row + c);
+#endif
 #pragma unroll
         for (int k = 0; k < V; k++) {
             // A row without a target is zero whatever its logits are.

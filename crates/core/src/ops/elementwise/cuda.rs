@@ -25,6 +25,7 @@ pub(crate) enum Function {
     SiluGrad = 6,
     NegExp = 7,
     Copy = 8,
+    AddRow = 9,
 }
 
 /// Elements that a thread handles with one access an operand: as many as fill 16 bytes of the widest type, if every
@@ -52,9 +53,10 @@ pub(crate) fn map(
     out: Mat,
     factor: f32,
 ) -> Result<(), Error> {
-    let mut mats: Vec<Mat> = a.into_iter().chain(b).chain([out]).collect();
-    // Rows that follow each other are one row.
-    if mats.iter().all(|m| m.stride == m.cols || m.rows <= 1) {
+    let row = scalar.filter(|_| function == Function::AddRow);
+    let mut mats: Vec<Mat> = a.into_iter().chain(b).chain(row).chain([out]).collect();
+    // Rows that follow each other are one row, unless columns differ.
+    if function != Function::AddRow && mats.iter().all(|m| m.stride == m.cols || m.rows <= 1) {
         mats.iter_mut().for_each(|m| (m.rows, m.cols) = (1, m.rows * m.cols));
     }
     let v = vector(&mats);
@@ -71,6 +73,11 @@ pub(crate) fn map(
             .threads(THREADS as u32)
             .args([a.into(), b.into(), out.into(), scalar.into(), rows.into(), (cols / v).into(), factor.into()]),
     )
+}
+
+/// Adds the f32 row `bias` to each row of `out`.
+pub(crate) fn add_row(launcher: &mut Launcher<'_>, out: Mat, bias: Mat) -> Result<(), Error> {
+    map(launcher, Function::AddRow, Some(out), None, Some(bias), out, 0.0)
 }
 
 /// A tensor whose elements all equal `value`.

@@ -14,11 +14,12 @@
 #define SILU_GRAD 6
 #define NEG_EXP 7
 #define COPY 8
+#define ADD_ROW 9
 
 DEVICE float apply(float a, float b, float factor) {
 #if OP == FILL
     return factor;
-#elif OP == ADD
+#elif OP == ADD || OP == ADD_ROW
     return a + b;
 #elif OP == MUL
     return a * b;
@@ -35,7 +36,7 @@ DEVICE float apply(float a, float b, float factor) {
 #endif
 }
 
-// out [rows, V · vectors] = f(a, b); `scalar` is the factor of SCALE_BY.
+// out [rows, V · vectors] = f(a, b); `scalar` is the factor of SCALE_BY, or the row [1, cols] that ADD_ROW adds to each.
 KERNEL __launch_bounds__(256) map(Mat<TA> a, Mat<TA> b, Mat<TO> out, Mat<float> scalar, i64 rows, i64 vectors, float factor) {
     i64 i = static_cast<i64>(blockIdx.x) * 256 + threadIdx.x;
     if (i >= rows * vectors) return;
@@ -47,6 +48,7 @@ KERNEL __launch_bounds__(256) map(Mat<TA> a, Mat<TA> b, Mat<TO> out, Mat<float> 
     float x[V] = {}, y[V] = {}, r[V];
     if (a.present()) load<V>(x, a.row(row) + col);
     if (b.present()) load<V>(y, b.row(row) + col);
+    if (OP == ADD_ROW) load<V>(y, scalar.data + col);
 #pragma unroll
     for (int k = 0; k < V; k++) r[k] = apply(x[k], y[k], factor);
     store<V>(out.row(row) + col, r);

@@ -9,12 +9,22 @@ use crate::ops::norm::cuda::Spread;
 
 static PROGRAM: Program = Program { name: "gated_rms_norm", source: include_str!("kernel.cu") };
 
+/// Threads that share a group: at most 16 elements each, of which the gradient holds five values and the next row's.
+fn spread(width: usize) -> Spread {
+    match width {
+        0..=512 => Spread { group: 32, threads: 256 },
+        513..=2048 => Spread { group: 128, threads: 128 },
+        2049..=4096 => Spread { group: 256, threads: 256 },
+        _ => Spread { group: 512, threads: 512 },
+    }
+}
+
 fn kernel(entry: &'static str, options: &Options, mats: &[Option<Mat>]) -> (Kernel, Spread) {
     let Some(x) = mats[0] else { unreachable!("x is always there") };
     let width = options.group_size;
     // Groups start at multiples of their size.
     let mats: Vec<Mat> = mats.iter().flatten().map(|m| Mat { cols: width, ..*m }).collect();
-    let (spread, v) = (Spread::of(width), vector(&mats).min(4));
+    let (spread, v) = (spread(width), vector(&mats).min(4));
     let kernel = Kernel::new(&PROGRAM, entry)
         .define_type("T", x.dtype)
         .define("G", spread.group)
@@ -40,8 +50,8 @@ pub(super) fn forward(options: &Options, io: &Io<'_>, launcher: &mut Launcher<'_
 /// Blocks of the gradient for each group: together enough to fill the chip, few parts to add.
 fn gradient_blocks(options: &Options, rows: usize, cols: usize, gpu: &Properties) -> usize {
     let groups = cols / options.group_size;
-    let most = (gpu.blocks(8) as usize).div_ceil(groups);
-    rows.div_ceil(Spread::of(options.group_size).rows_of_block()).min(most).max(1)
+    let most = (gpu.blocks(4) as usize).div_ceil(groups);
+    rows.div_ceil(spread(options.group_size).rows_of_block()).min(most).max(1)
 }
 
 pub(super) fn gradient_workspace(options: &Options, rows: usize, cols: usize, gpu: &Properties) -> usize {

@@ -14,19 +14,30 @@ DEVICE float group_sum(float v, float* scratch) {
 #endif
 }
 
-// x and z of a thread's elements with σ(z), and 1/√(mean v² + ε).
-DEVICE float load_group(float (*x)[V], float (*z)[V], float (*s)[V], const T* from_x, const T* from_z, int lane, i64 width, float eps, float* scratch) {
-    float sum = 0.0f;
+// V elements as they lie in memory.
+struct __align__(sizeof(T) * V) Pack {
+    T v[V];
+};
+
+// The elements of a thread in one group of a row.
+DEVICE void fetch(Pack* to, const T* from, int lane, i64 width) {
 #pragma unroll
     for (int i = 0; i < ITERS; i++) {
         i64 c = static_cast<i64>(i * G + lane) * V;
+        if (c < width) to[i] = *reinterpret_cast<const Pack*>(from + c);
+    }
+}
+
+// x and z of a thread's elements with σ(z), and 1/√(mean v² + ε).
+DEVICE float widen(float (*x)[V], float (*z)[V], float (*s)[V], const Pack* from_x, const Pack* from_z, int lane, i64 width, float eps, float* scratch) {
+    float sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < V; k++) x[i][k] = z[i][k] = s[i][k] = 0.0f;
-        if (c >= width) continue;
-        load<V>(x[i], from_x + c);
-        load<V>(z[i], from_z + c);
+    for (int i = 0; i < ITERS; i++) {
+        bool inside = static_cast<i64>(i * G + lane) * V < width;
 #pragma unroll
         for (int k = 0; k < V; k++) {
+            x[i][k] = inside ? to_f32(from_x[i].v[k]) : 0.0f;
+            z[i][k] = inside ? to_f32(from_z[i].v[k]) : 0.0f;
             s[i][k] = sigmoid(z[i][k]);
             float v = NORM_FIRST ? x[i][k] : x[i][k] * z[i][k] * s[i][k];
             sum += v * v;
@@ -45,8 +56,11 @@ KERNEL __launch_bounds__(THREADS) gated_norm(Mat<T> x, Mat<T> z, Mat<float> weig
     int lane = threadIdx.x % G;
     if (row >= rows) return;
     i64 first = blockIdx.y * width;
+    Pack from_x[ITERS], from_z[ITERS];
+    fetch(from_x, x.row(row) + first, lane, width);
+    fetch(from_z, z.row(row) + first, lane, width);
     float v[ITERS][V], g[ITERS][V], s[ITERS][V];
-    float r = load_group(v, g, s, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
+    float r = widen(v, g, s, from_x, from_z, lane, width, eps, scratch);
 #pragma unroll
     for (int i = 0; i < ITERS; i++) {
         i64 c = static_cast<i64>(i * G + lane) * V;
@@ -68,22 +82,36 @@ KERNEL __launch_bounds__(THREADS) gated_norm_grad(Mat<T> x, Mat<T> z, Mat<float>
     int lane = threadIdx.x % G;
     i64 first = blockIdx.y * width, cols = gridDim.y * width;
     float dw[ITERS][V] = {};
-    for (i64 row = static_cast<i64>(blockIdx.x) * (THREADS / G) + threadIdx.x / G; row < rows;
-         row += static_cast<i64>(gridDim.x) * (THREADS / G)) {
+    i64 step = static_cast<i64>(gridDim.x) * (THREADS / G);
+    i64 row = static_cast<i64>(blockIdx.x) * (THREADS / G) + threadIdx.x / G;
+    Pack from_x[ITERS], from_z[ITERS], from_dy[ITERS];
+    if (row < rows) {
+        fetch(from_x, x.row(row) + first, lane, width);
+        fetch(from_z, z.row(row) + first, lane, width);
+        fetch(from_dy, dy.row(row) + first, lane, width);
+    }
+    for (; row < rows; row += step) {
         float v[ITERS][V], g[ITERS][V], s[ITERS][V], d[ITERS][V];
-        float r = load_group(v, g, s, x.row(row) + first, z.row(row) + first, lane, width, eps, scratch);
+        float r = widen(v, g, s, from_x, from_z, lane, width, eps, scratch);
+#pragma unroll
+        for (int i = 0; i < ITERS; i++)
+#pragma unroll
+            for (int k = 0; k < V; k++) d[i][k] = to_f32(from_dy[i].v[k]);
+        // The next row is on its way while this one is computed.
+        if (row + step < rows) {
+            fetch(from_x, x.row(row + step) + first, lane, width);
+            fetch(from_z, z.row(row + step) + first, lane, width);
+            fetch(from_dy, dy.row(row + step) + first, lane, width);
+        }
         float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < ITERS; i++) {
             i64 c = static_cast<i64>(i * G + lane) * V;
-#pragma unroll
-            for (int k = 0; k < V; k++) d[i][k] = 0.0f;
             if (c >= width) continue;
             float w[V];
 #pragma unroll
             for (int k = 0; k < V; k++) w[k] = 1.0f;
             if (weight.present()) load<V>(w, weight.data + first + c);
-            load<V>(d[i], dy.row(row) + first + c);
 #pragma unroll
             for (int k = 0; k < V; k++) {
                 // n, and dn in place of dy; the gate's own part with the norm first needs dy as it was.

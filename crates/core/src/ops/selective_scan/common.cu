@@ -1,7 +1,7 @@
 // What the kernels of the selective scan share: who owns what, the tiles, the states.
 //
-// A channel's N states are spread over LANES lanes of a warp, NS each (those beyond N are zero), and a warp has CH
-// channels, side by side in its lowest lanes. A block has WARPS warps and so CB channels of one group; it walks through
+// A channel's N states are spread over LANES neighbouring lanes of a warp, NS each (those beyond N are zero), and a warp
+// has CH channels. A block has WARPS warps and so CB channels of one group; it walks through
 // a part of the pack's rows, tile by tile, and through the segments in it. State n of a channel is multiplied by
 // 2^(Δ A log2 e) a step, its decay.
 //
@@ -12,6 +12,9 @@
 #define NP (LANES * NS)
 #define CB (WARPS * CH)
 #define THREADS (WARPS * WARP)
+// Rows of tiles are longer than CB, so that lanes which read a channel of several rows meet different banks.
+#define ROW (CB + 4)
+#define PAIR_ROW (CB + 2)
 
 // The operands that all kernels read, and the sizes.
 struct Scan {
@@ -30,23 +33,23 @@ struct Scan {
 
 // What a thread has: lane s of those that share channel c of the block.
 struct Place {
-    int c, s, width;
-    i64 first, column, channels;
+    const Scan& scan;
+    int c, s, width, first, column;
 
-    DEVICE explicit Place(const Scan& scan) {
+    DEVICE explicit Place(const Scan& scan) : scan(scan) {
         int lane = threadIdx.x % WARP;
-        c = threadIdx.x / WARP * CH + lane % CH;
-        s = lane / CH;
-        i64 group = blockIdx.x / scan.group_blocks, block = blockIdx.x % scan.group_blocks;
-        first = group * scan.group_width + block * CB;
-        i64 left = scan.group_width - block * CB;
-        width = left < CB ? static_cast<int>(left) : CB;
+        c = threadIdx.x / LANES;
+        s = lane % LANES;
+        // 32 bits hold the numbers of blocks and parts; dividing 64 bits is a call.
+        u32 group = blockIdx.x / static_cast<u32>(scan.group_blocks), block = blockIdx.x % static_cast<u32>(scan.group_blocks);
+        int group_width = static_cast<int>(scan.group_width), left = group_width - block * CB;
+        first = group * group_width + block * CB;
+        width = left < CB ? left : CB;
         column = group * N;
-        channels = scan.channels;
     }
     DEVICE bool owns(int i) const { return c < width && s * NS + i < N; }
     // Of state i of the thread in a row of states.
-    DEVICE i64 at(int i) const { return static_cast<i64>(s * NS + i) * channels + first + c; }
+    DEVICE i64 at(int i) const { return static_cast<i64>(s * NS + i) * scan.channels + first + c; }
     DEVICE void load(float* h, const float* row) const {
 #pragma unroll
         for (int i = 0; i < NS; i++) h[i] = row != nullptr && owns(i) ? row[at(i)] : 0.0f;
@@ -57,38 +60,84 @@ struct Place {
             if (owns(i)) row[at(i)] = h[i];
     }
     // A of the thread's states, times `factor`.
-    DEVICE void rates(float* a, const Scan& scan, float factor) const {
+    DEVICE void rates(float* a, float factor) const {
 #pragma unroll
         for (int i = 0; i < NS; i++) a[i] = owns(i) ? scan.a.row(first + c)[s * NS + i] * factor : 0.0f;
     }
 };
 
+// A warp loads, prepares and stores its own channels, V at a time: piece number `i` of its rows. So it need not wait for
+// other warps there.
+struct Piece {
+    static DEVICE constexpr int of(int rows) { return rows * (CH / V); }
+    int step, col;
+    DEVICE explicit Piece(int i) : step(i / (CH / V)), col(threadIdx.x / WARP * CH + i % (CH / V) * V) {}
+};
+
 // The row of the kept states that belongs to row `row`, where a segment or a chunk of the pack starts: distinct, since
 // chunk and segment only grow, and below tokens / CHUNK + segments.
-DEVICE i64 kept_row(i64 row, i64 segment) { return row / CHUNK + segment; }
+DEVICE i64 kept_row(int row, int segment) { return static_cast<i64>(row / CHUNK) + segment; }
 
-DEVICE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-DEVICE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+// A pack has less than 2^31 rows, and so do its parts.
+DEVICE int smaller(i64 a, i64 b) { return static_cast<int>(a < b ? a : b); }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// Element `col` of row `row`: with 32 bits for row and stride the address is one multiplication.
+template <typename E>
+DEVICE E* element(Mat<E> m, int row, i64 col) {
+    return m.data + (static_cast<u64>(static_cast<u32>(row)) * static_cast<u32>(m.stride) + col);
+}
+
+// Δ. For bf16 the logarithm of a number close to 1 is good enough: its error is below 2^-23, that of x's rounding larger.
+DEVICE float step_size(float x) {
+#if SOFTPLUS
+    if constexpr (sizeof(T) == 2) return fmaxf(x, 0.0f) + LN_2 * lg2(1.0f + ex2(-LOG2_E * fabsf(x)));
+    return softplus(x);
+#else
+    return x;
+#endif
+}
+
+// Columns of B and C that a thread widens at once.
+#define WIDE (VB % 4 == 0 ? 4 : 1)
 
 // The first segment that ends at or behind `row`: segments that are empty at `row` come first.
-DEVICE i64 first_segment(const Scan& scan, i64 row) {
-    i64 low = 0, high = scan.segments;
+DEVICE int first_segment(const Scan& scan, int row) {
+    int low = 0, high = static_cast<int>(scan.segments);
     while (low < high) {
-        i64 middle = (low + high) / 2;
+        int middle = (low + high) / 2;
         if (scan.offsets[middle + 1] < row) low = middle + 1; else high = middle;
     }
     return low;
 }
 
 // Empty segments belong to the part in which they stand, those at the end to the last one.
-DEVICE bool owns_empty(const Scan& scan, i64 at, i64 part) {
-    return smaller(at / scan.part_rows, gridDim.y - 1) == part;
+DEVICE int part_of(const Scan& scan, int row) { return static_cast<int>(static_cast<u32>(row) / static_cast<u32>(scan.part_rows)); }
+DEVICE bool owns_empty(const Scan& scan, int at, int part) {
+    return smaller(part_of(scan, at), gridDim.y - 1) == part;
 }
 
+// A segment and its rows [from, until) in the block's part, which has the rows [first, end).
+struct Span {
+    int first, end, start, stop, from, until;
+
+    DEVICE Span(const Scan& scan, int segment) {
+        first = static_cast<int>(blockIdx.y * scan.part_rows);
+        end = smaller(first + scan.part_rows, scan.tokens);
+        start = scan.offsets[segment], stop = scan.offsets[segment + 1];
+        from = larger(start, first), until = smaller(stop, end);
+    }
+    // Segments from here on are those of later parts.
+    DEVICE bool behind() const { return start >= end && blockIdx.y + 1 < gridDim.y; }
+    // Whether the part has the segment's first or last row, or stands where the empty segment does.
+    DEVICE bool begins(const Scan& scan) const { return start == stop ? owns_empty(scan, start, blockIdx.y) : from < until && from == start; }
+    DEVICE bool ends(const Scan& scan) const { return start == stop ? owns_empty(scan, start, blockIdx.y) : from < until && until == stop; }
+};
+
 // Zeros in the block's columns of rows [from, to).
-DEVICE void clear_rows(Mat<T> m, i64 from, i64 to, const Place& at) {
+DEVICE void clear_rows(Mat<T> m, int from, int to, const Place& at) {
     if (!m.present()) return;
-    for (i64 i = threadIdx.x; i < (to - from) * CB; i += THREADS)
+    for (i64 i = threadIdx.x; i < static_cast<i64>(to - from) * CB; i += THREADS)
         if (i % CB < at.width) set(m.row(from + i / CB)[at.first + i % CB], 0.0f);
 }
 
@@ -100,7 +149,7 @@ DEVICE float* carried(float* carry, i64 part, i64 channels) { return carry + par
 DEVICE float* saved_initial(float* carry, i64 part, i64 channels) { return carried(carry, part, channels) + (N + 1) * channels; }
 
 DEVICE void carry_on(float* h, const float* a2, const float* from, bool first, const Place& at) {
-    float sum = at.c < at.width ? from[N * at.channels + at.first + at.c] : 0.0f;
+    float sum = at.c < at.width ? from[N * at.scan.channels + at.first + at.c] : 0.0f;
 #pragma unroll
     for (int i = 0; i < NS; i++) {
         float here = at.owns(i) ? from[at.at(i)] : 0.0f;
@@ -123,6 +172,21 @@ DEVICE void stage(T* to, const T* from) {
     } else {
         *to = *from;
     }
+}
+
+// Whether tensor cores form sums over lanes: in tf32, which keeps 11 bits of what is added up and is finer than bf16.
+constexpr bool TENSOR = sizeof(T) == 2 && LANES == 4 && NS == 4;
+
+// Σ_n c[n] v[n] over the states of two steps j, j + 1 of eight, where lane (g, t) has c of step g, states 4t ..: channel g's
+// sums come to lane t = j / 2. The matrices are v [channels, states], with the second step's below the first's, and
+// c [states, steps]; of their product the columns of the two steps are kept.
+DEVICE void contract_pair(float* sums, const float* v0, const float* v1, const float* c, int j) {
+    float d[4] = {}, low[4] = {v0[0], v1[0], v0[1], v1[1]}, high[4] = {v0[2], v1[2], v0[3], v1[3]};
+    mma_tf32(d, low, c);
+    mma_tf32(d, high, c + 2);
+    bool mine = threadIdx.x % 4 == j / 2;
+    sums[0] = mine ? d[0] : sums[0];
+    sums[1] = mine ? d[3] : sums[1];
 }
 
 // Sums `Count` values over `Lanes` lanes whose numbers differ by multiples of `Stride`; `number` counts the thread among
@@ -156,6 +220,12 @@ DEVICE int kept_first(int number) {
 DEVICE float exp_m1(float u, float e) {
     float series = u * (1.0f + u * 0.5f * (1.0f + u * 0.33333333f * (1.0f + u * 0.25f * (1.0f + u * 0.2f * (1.0f + u * 0.16666667f)))));
     return fabsf(u) < 0.3f ? series : e - 1.0f;
+}
+
+// dΔ/d(dt) = 1 - e^-Δ, which is the logistic function.
+DEVICE float slope_of_step_size(float delta) {
+    float e = ex2(-LOG2_E * delta);
+    return sizeof(T) == 2 ? 1.0f - e : -exp_m1(-delta, e);
 }
 
 #if ZOH

@@ -15,9 +15,6 @@ static BACKWARD: Program =
 const BLOCKS_PER_SM: u32 = 3;
 /// Tokens a segment up to which a block takes a whole segment.
 const SHORT: usize = 4;
-/// Steps of the gradient whose states are in registers.
-const SUB: usize = 8;
-
 /// Threads of the blocks that add up parts.
 const ADDING_THREADS: usize = 256;
 
@@ -32,6 +29,8 @@ struct Spread {
     warps: usize,
     /// Rows of a tile of the forward pass.
     steps: usize,
+    /// Steps of the gradient whose states are in registers.
+    sub: usize,
 }
 
 impl Spread {
@@ -44,6 +43,7 @@ impl Spread {
             // Many states need much shared memory a warp.
             warps: [4, 2, 1][usize::from(d_state > 64) + usize::from(d_state > 128)],
             steps: if d_state <= 32 { 32 } else { 8 },
+            sub: if d_state <= 128 { 8 } else { 4 },
         }
     }
 
@@ -64,19 +64,28 @@ impl Spread {
         self.d_state <= 64
     }
 
-    fn forward_shared(&self, size: usize) -> usize {
-        let elements = self.steps * self.channels();
-        let raw = |count: usize| size * count.next_multiple_of(8);
-        let computed = 12 * elements + 8 * self.steps * self.padded() + 8 * self.channels().next_multiple_of(4);
-        computed + 2 * (3 * raw(elements) + 2 * raw(self.steps * self.d_state))
+    /// Bytes of shared memory, as the kernel's `Tile` lays it out.
+    fn forward_shared(&self, size: usize, v: usize, vb: usize) -> usize {
+        let (row, pair_row, vector) = self.rows();
+        let computed = self.steps * (2 * pair_row + 4 * self.padded() + row) + 2 * vector;
+        let by_channel = 3 * (self.steps * self.warp_channels).div_ceil(32 * v) * v;
+        let by_state = (2 * self.steps * self.d_state).div_ceil(self.threads() * vb) * vb;
+        4 * computed.next_multiple_of(4) + 2 * size * self.threads() * (by_channel + by_state)
     }
 
     fn gradient_shared(&self) -> usize {
-        let (chunk, vector) = (chunk_len(self.d_state), self.channels().next_multiple_of(4));
-        let tiles = 5 * chunk * self.channels() + chunk / SUB * self.threads() * self.states;
-        let sums = 4 * self.warps * SUB * self.padded();
+        let (row, pair_row, vector) = self.rows();
+        let chunk = chunk_len(self.d_state);
+        let tiles = chunk * (2 * pair_row + 3 * row);
+        let states = (chunk / self.sub - 1) * self.threads() * self.states;
+        let sums = 4 * self.warps * self.sub * self.padded();
         let coefficients = if self.staged() { 2 * chunk * self.padded() } else { 0 };
-        4 * (tiles.next_multiple_of(4) + sums + coefficients + 2 * vector)
+        4 * (tiles + states + sums + coefficients + 2 * vector)
+    }
+
+    /// Elements of a tile's rows, of its rows of pairs, and of a vector by channel.
+    fn rows(&self) -> (usize, usize, usize) {
+        (self.channels() + 4, self.channels() + 2, self.channels().next_multiple_of(4))
     }
 }
 
@@ -118,9 +127,10 @@ impl Cut {
         self.groups * self.group_blocks
     }
 
-    /// Numbers that parts leave for each other.
+    /// Numbers that parts leave for each other; what follows is aligned to 16 bytes.
     fn carry(&self) -> usize {
-        if self.parts > 1 { self.parts * (2 * self.spread.d_state + 1) * self.channels } else { 0 }
+        let each = (2 * self.spread.d_state + 1) * self.channels;
+        if self.parts > 1 { (self.parts * each).next_multiple_of(4) } else { 0 }
     }
 
     fn channel_parts(&self) -> usize {
@@ -147,7 +157,7 @@ impl Cut {
         kernel = if std::ptr::eq(program, &FORWARD) {
             kernel.define("STEPS", spread.steps)
         } else {
-            kernel.define("SUB", SUB).define("STAGED", i32::from(spread.staged()))
+            kernel.define("SUB", spread.sub).define("STAGED", i32::from(spread.staged()))
         };
         kernel.threads(spread.threads() as u32)
     }
@@ -216,7 +226,7 @@ impl<'a> Launch<'a> {
         // A group's columns start at a multiple of its width.
         let by_channel: Vec<Option<Mat>> =
             [Some(scan.x), Some(scan.dt), scan.z].into_iter().chain(others.iter().copied()).collect();
-        let v = within(cut.channels / cut.groups, &by_channel).min(cut.spread.channels());
+        let v = within(cut.channels / cut.groups, &by_channel).min(cut.spread.warp_channels);
         let vb = within(cut.spread.d_state, &[Some(scan.b), Some(scan.c)]);
         Launch { forward, scan, v, vb }
     }
@@ -238,7 +248,7 @@ pub(super) fn run(forward: &Forward, io: &Io<'_>, launcher: &mut Launcher<'_>) -
         let kernel = cut.kernel(&FORWARD, "scan_segments", &launch).grid(cut.blocks(), segments, 1);
         return launcher.launch(kernel.args([scan, initial.into(), y.into(), last.into(), kept.into()]));
     }
-    let shared = cut.spread.forward_shared(x.dtype.size());
+    let shared = cut.spread.forward_shared(x.dtype.size(), launch.v, launch.vb);
     let carry = io.workspace().0;
     let kernel = cut.kernel(&FORWARD, "end_states", &launch).grid(cut.blocks(), cut.parts - 1, 1).shared(shared);
     launcher.launch(kernel.args([scan.clone(), initial.into(), carry.into()]))?;
@@ -285,7 +295,8 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     launcher.launch(kernel.args([scan, gradients, carry.into(), by_channel, by_time]))?;
     let d_state = cut.spread.d_state;
     if db.is_some() || dc.is_some() {
-        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS);
+        let wide = if launch.vb.is_multiple_of(4) { 4 } else { 1 };
+        let blocks = (cut.tokens * 2 * d_state).div_ceil(ADDING_THREADS * wide);
         let kernel = cut.kernel(&BACKWARD, "add_channels", &launch).grid(blocks, cut.groups, 1);
         launcher.launch(kernel.threads(ADDING_THREADS as u32).args([
             channel_parts.into(),

@@ -1,10 +1,11 @@
 use std::collections::BTreeMap;
+use std::fmt::Display;
 
 use super::{Discretisation, Scanned, SelectiveScan, chunk_len, chunk_row, reference, selective_scan};
 use crate::cpu::isa::Isa;
 use crate::graph::Recompute;
 use crate::ops::layout::split;
-use crate::ops::testing::{Case, Value, check_op, oracle};
+use crate::ops::testing::{Case, Value, check_op, check_op_bf16, oracle};
 use crate::{Graph, Pack, TensorId};
 
 /// Bounds of the values and gradients of a scan, as max|difference| / max|expected|.
@@ -12,6 +13,9 @@ const BOUND: f64 = 1e-5;
 const GRADIENT_BOUND: f64 = 1e-4;
 /// Bound against finite differences, which are themselves off by about 1e-8.
 const DIFFERENCES_BOUND: f64 = 2e-5;
+/// Bounds with activations in bf16, whose unit roundoff is 2⁻⁸ = 3.9·10⁻³: y, dx, d dt and dz are rounded once, dB and dC
+/// are sums of values that were cut to 11 bits before.
+const BF16_BOUND: (f64, f64) = (4e-3, 5e-3);
 
 type Inputs = Vec<(&'static str, Value)>;
 
@@ -133,8 +137,24 @@ impl Setup {
         check_op(&inputs, &names, build, |v| self.reference(v), (BOUND, DIFFERENCES_BOUND));
     }
 
-    /// Runs at one level and returns y, the final state and the gradients of everything.
-    fn run(&self, isa: Isa, inputs: &[(&'static str, Value)]) -> BTreeMap<String, Value> {
+    /// The same on a GPU with activations in bf16.
+    fn check_bf16(&self) {
+        let inputs = self.inputs();
+        let names: Vec<&str> = inputs.iter().map(|(name, _)| *name).filter(|name| *name != "segments").collect();
+        let build = |g: &mut Graph, ids: &[TensorId]| {
+            let scanned = self.build(g, ids);
+            vec![scanned.y, scanned.final_state]
+        };
+        check_op_bf16(&inputs, &["x", "dt", "b", "c", "z"], &names, build, |v| self.reference(v), BF16_BOUND);
+    }
+
+    /// Runs at one place and returns y, the final state and the gradients of everything.
+    fn run(&self, place: impl Display, inputs: &[(&'static str, Value)]) -> BTreeMap<String, Value> {
+        self.case(inputs).run_on(place, 2)
+    }
+
+    /// The scan with y, the final state and the gradients of everything.
+    fn case(&self, inputs: &[(&'static str, Value)]) -> Case {
         let mut case = Case::new();
         let ids: Vec<_> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
         let scanned = self.build(&mut case.graph, &ids);
@@ -149,7 +169,7 @@ impl Setup {
         }
         case.output("y", scanned.y);
         case.output("final_state", scanned.final_state);
-        case.run_on(isa, 2)
+        case
     }
 }
 
@@ -234,13 +254,28 @@ fn zero_order_hold_agrees_with_the_reference_and_its_differences() {
     let mut small = zoh(Setup { a: Some(a), ..Setup::new(&[9], 2, 4) });
     let inputs = small.inputs();
     let expected = small.reference(&inputs.iter().map(|(_, v)| v.clone()).collect::<Vec<_>>());
-    for isa in Isa::available() {
-        let out = small.run(isa, &inputs);
-        assert!(expected[0].error(&out["y"]) <= BOUND && expected[1].error(&out["final_state"]) <= BOUND);
-    }
+    small.case(&inputs).run_everywhere(|place, out| {
+        let errors = [expected[0].error(&out["y"]), expected[1].error(&out["final_state"])];
+        assert!(errors.iter().all(|e| *e <= BOUND), "{place}: {errors:?}");
+    });
     // Differences of the reference need A on one side of 0.
     small.a = Some(vec![-0.5, -0.3, -0.1, -0.05, -0.02, -0.2, -5.0, -40.0]);
     small.check();
+}
+
+#[test]
+fn bf16_agrees_with_the_reference_and_its_differences() {
+    Setup::new(&[5, 0, 1, 9], 40, 16).check_bf16();
+    Setup { groups: 2, ..Setup::new(&[70], 6, 3) }.check_bf16();
+    Setup { softplus: false, given: [false; 4], ..Setup::new(&[9], 3, 1) }.check_bf16();
+    Setup { discretisation: Discretisation::Zoh, ..Setup::new(&[7, 9], 8, 5) }.check_bf16();
+}
+
+#[test]
+fn many_states_agree_with_the_reference_and_its_differences() {
+    for d_state in [33, 100, 140] {
+        Setup::new(&[9], 3, d_state).check();
+    }
 }
 
 #[test]
@@ -253,15 +288,14 @@ fn zero_order_hold_with_one_state_is_a_gate() {
         inputs[i].1.data.fill(1.0);
     }
     let (x, dt) = (inputs[0].1.clone(), inputs[1].1.clone());
-    for isa in Isa::available() {
-        let y = &setup.run(isa, &inputs)["y"];
+    setup.case(&inputs).run_everywhere(|place, out| {
         let mut h = 0.0;
         for t in 0..6 {
             let gate = 1.0 / (1.0 + (-dt.at(t, 0)).exp());
             h = (1.0 - gate) * h + gate * x.at(t, 0);
-            assert!((h - y.at(t, 0)).abs() < 1e-6, "{isa}: step {t}");
+            assert!((h - out["y"].at(t, 0)).abs() < 1e-6, "{place}: step {t}");
         }
-    }
+    });
 }
 
 #[test]
@@ -491,23 +525,22 @@ fn operands_may_be_columns_of_one_projection_and_gradients_land_in_one() {
         }
     }
     let joined = Value::new(38, widths.iter().sum(), joined);
-    for isa in Isa::available() {
-        let expected = setup.run(isa, &inputs);
-        let mut case = Case::new();
-        let whole = case.input("whole", &joined);
-        let parts = split(&mut case.graph, whole, &widths).unwrap();
-        let a = case.input("a", &inputs[2].1);
-        let segments = case.input("segments", &inputs[5].1);
-        let ids = [parts[2], parts[1], a, parts[3], parts[4], segments, parts[0]];
-        let scanned = setup.build(&mut case.graph, &ids);
-        let dy = case.input("dy", &Value::random(38, 21, 100));
-        let dh = case.input("dh", &Value::random(2, 63, 101));
-        let seeds = [(scanned.y, dy), (scanned.final_state, dh)];
-        let gradients = case.graph.backward(&seeds, &[whole, a], Recompute::Nothing).unwrap();
-        case.output("y", scanned.y);
-        case.output("whole", gradients[0].unwrap());
-        case.output("a", gradients[1].unwrap());
-        let out = case.run_on(isa, 2);
+    let mut case = Case::new();
+    let whole = case.input("whole", &joined);
+    let parts = split(&mut case.graph, whole, &widths).unwrap();
+    let a = case.input("a", &inputs[2].1);
+    let segments = case.input("segments", &inputs[5].1);
+    let ids = [parts[2], parts[1], a, parts[3], parts[4], segments, parts[0]];
+    let scanned = setup.build(&mut case.graph, &ids);
+    let dy = case.input("dy", &Value::random(38, 21, 100));
+    let dh = case.input("dh", &Value::random(2, 63, 101));
+    let seeds = [(scanned.y, dy), (scanned.final_state, dh)];
+    let gradients = case.graph.backward(&seeds, &[whole, a], Recompute::Nothing).unwrap();
+    case.output("y", scanned.y);
+    case.output("whole", gradients[0].unwrap());
+    case.output("a", gradients[1].unwrap());
+    case.run_everywhere(|place, out| {
+        let expected = setup.run(place, &inputs);
         assert_eq!(out["y"], expected["y"]);
         assert_eq!(out["a"], expected["grad.a"]);
         let mut start = 0;
@@ -515,28 +548,30 @@ fn operands_may_be_columns_of_one_projection_and_gradients_land_in_one() {
             let name = format!("grad.{}", inputs[i].0);
             for r in 0..38 {
                 for c in 0..width {
-                    assert_eq!(out["whole"].at(r, start + c), expected[&name].at(r, c), "{isa}: {name} ({r}, {c})");
+                    assert_eq!(out["whole"].at(r, start + c), expected[&name].at(r, c), "{place}: {name} ({r}, {c})");
                 }
             }
             start += width;
         }
-    }
+    });
 }
 
 #[test]
 fn the_final_state_may_replace_the_initial_one() {
-    let setup = Setup::new(&[40, 0, 1, 2], 70, 5);
+    // On a GPU the first segment is cut into parts.
+    let setup = Setup::new(&[140, 0, 1, 2], 70, 5);
     let inputs = setup.inputs();
-    let expected = setup.run(Isa::detect(), &inputs);
     let mut case = Case::new();
     let ids: Vec<_> = inputs.iter().map(|(name, v)| case.input(name, v)).collect();
     let scanned = setup.build(&mut case.graph, &ids);
     case.output("y", scanned.y);
     case.graph.store(scanned.final_state, ids[9]).unwrap();
     case.watch("state", ids[9]);
-    let out = case.run_on(Isa::detect(), 2);
-    assert_eq!(out["y"], expected["y"]);
-    assert_eq!(out["state"], expected["final_state"]);
+    case.run_everywhere(|place, out| {
+        let expected = setup.run(place, &inputs);
+        assert_eq!(out["y"], expected["y"], "{place}");
+        assert_eq!(out["state"], expected["final_state"], "{place}");
+    });
 }
 
 #[test]
@@ -547,12 +582,13 @@ fn rows_outside_all_segments_are_zero() {
         .into_iter()
         .map(|(name, v)| if name == "segments" { (name, Value::ints(&[0, 3, 7])) } else { (name, v) })
         .collect();
-    let out = setup.run(Isa::detect(), &inputs);
-    for name in ["y", "grad.x", "grad.dt", "grad.z", "grad.b", "grad.c"] {
-        let value = &out[name];
-        assert!(value.data[..7 * value.cols].iter().all(|v| *v != 0.0), "{name}");
-        assert!(value.data[7 * value.cols..].iter().all(|v| *v == 0.0), "{name}");
-    }
+    setup.case(&inputs).run_everywhere(|place, out| {
+        for name in ["y", "grad.x", "grad.dt", "grad.z", "grad.b", "grad.c"] {
+            let value = &out[name];
+            assert!(value.data[..7 * value.cols].iter().all(|v| *v != 0.0), "{place}: {name}");
+            assert!(value.data[7 * value.cols..].iter().all(|v| *v == 0.0), "{place}: {name}");
+        }
+    });
 }
 
 #[test]

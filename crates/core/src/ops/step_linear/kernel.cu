@@ -1,0 +1,226 @@
+// The product of a few tokens with a matrix of weights, and what surrounds it in a step of generation.
+//
+// Reading the weights bounds it: every weight is read once, and nothing else may be waited for
+// meanwhile. A block multiplies ROWS rows of the weight with TOKENS tokens; its warps share the columns, in steps of 32.
+// Rows of the weight are the rows of the tensor cores' first operand, tokens the columns of the second. A thread takes
+// the same 8 consecutive columns of a weight row and of a token: which column is which k of a product does not matter
+// as long as both operands agree, so 16-byte pieces go from memory to the operands without being exchanged. A thread
+// copies the pieces that it multiplies itself, so the ring of copies needs no barrier, and it starts them before it
+// waits for the kernel before: weights do not depend on it.
+//
+// Sums over k: in f32, along the steps of a warp, then over warps in order, whatever the number of tokens.
+//
+// With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
+// columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
+//
+// Macros: TO type of the result; K columns; WARPS; NT token tiles of 8, 1 or 2; STAGES of the ring; SCALE 0 or
+// 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
+
+#define THREADS (WARPS * WARP)
+#define ROWS 16
+#define TOKENS (8 * NT)
+// Steps over the columns, and those of a warp.
+#define STEPS ((K + 31) / 32)
+#define MINE ((STEPS + WARPS - 1) / WARPS)
+// Steps whose tokens are under way together.
+#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : 4)
+// Chains of sums: a single one would be as long as all its products take one after another.
+#define CHAINS (NT == 1 ? 2 : 1)
+// Results a thread, and tokens a warp.
+#define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
+#define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
+// Distance of the tokens in the partial sums: writes of a warp fall into different banks.
+#define PITCH (ROWS + 4)
+
+// out = x · weightᵀ ⊙ scale (+ bias), with scale[t] = 1/√(mean square of token t + ε) from `parts` partial sums a token.
+// Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
+// moves on. Residual: stream = out + residual is stored, and what goes to `out` is stream ⊙ next_weight; row block b
+// leaves its sum of the squares of token t's stream in squares_out[t, b].
+KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float inverse_width, float eps,
+                Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
+                Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
+                int tokens, int rows, const void* ahead, int ahead_bytes, int ahead_part) {
+    DYNAMIC_SHARED(bytes);
+    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2][THREADS]
+    float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
+#if SCALE
+    __shared__ float scale[TOKENS];
+#endif
+    let_next_start();
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int row0 = blockIdx.x * ROWS;
+    int column = warp * 32 + lane % 4 * 8;
+    auto there = [&](int i) { return STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS; };
+    // Behind the last column tokens are taken as zero, so the weight may be any.
+    auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
+    const bf16* from[2];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        int row = row0 + 8 * m + lane / 4;
+        from[m] = weight.row(row < rows ? row : rows - 1) + column;
+    }
+    auto fetch = [&](int i) {
+        if (!there(i)) return;
+        u32x4* to = ring + i % STAGES * 2 * THREADS + threadIdx.x;
+        int offset = behind(i) ? -column : i * WARPS * 32;
+#pragma unroll
+        for (int m = 0; m < 2; m++) copy_async16(to + m * THREADS, from[m] + offset);
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) {
+        fetch(i);
+        copy_async_commit();
+    }
+    // What the results meet, as far as nothing in this step writes it.
+    float shift[EACH], window[EACH][W], taps[EACH][W];
+    auto load_constants = [&](int e) {
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
+        if (at >= ROWS * TOKENS || row >= rows || token >= tokens) return;
+        shift[e] = bias.present() ? bias.data[row] : 0.0f;
+#if EPILOGUE == 1
+        int c = row - first;
+        if (c < 0 || c >= channels) return;
+        if (conv_bias.present()) shift[e] = conv_bias.data[c];
+        const float* old = state.row(slots != nullptr ? slots[token] : token) + c;
+#pragma unroll
+        for (int i = 0; i < W - 1; i++) window[e][i] = old[static_cast<i64>(i) * channels];
+        load<W>(taps[e], conv_weight.data + static_cast<i64>(c) * W);
+#endif
+#if EPILOGUE == 2
+        taps[e][0] = next_weight.data[row];
+#endif
+    };
+#pragma unroll
+    for (int e = 0; e < EACH; e++) load_constants(e);
+    int offsets[NT];
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        int token = 8 * j + lane / 4;
+        offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
+    }
+    prefetch_part(ahead, ahead_bytes, ahead_part);
+    wait_for_previous();
+
+    u32x4 b[AHEAD][NT];
+    auto load_tokens = [&](int i) {
+        if (!there(i)) return;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            if (behind(i)) b[i % AHEAD][j] = u32x4{0, 0, 0, 0};
+            else b[i % AHEAD][j] = *reinterpret_cast<const u32x4*>(x.data + offsets[j] + i * WARPS * 32);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load_tokens(i);
+#if EPILOGUE == 2
+    float before[EACH];
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
+        if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
+    }
+#endif
+#if SCALE
+    // Token `warp`, and perhaps a second one: what the lanes have is added up while others are behind.
+    float square[EACH_SCALE] = {};
+#pragma unroll
+    for (int j = 0; j < EACH_SCALE; j++) {
+        int token = warp + j * WARPS;
+        if (token < TOKENS && token < tokens)
+            for (int p = lane; p < parts; p += WARP) square[j] += squares.row(token)[p];
+    }
+#endif
+    float d[CHAINS][NT][4] = {};
+    constexpr int unroll = MINE <= 8 ? MINE : AHEAD;
+#pragma unroll unroll
+    for (int i = 0; i < MINE; i++) {
+        if (!there(i)) break;
+        copy_async_wait<STAGES - 1>();
+        u32x4* at = ring + i % STAGES * 2 * THREADS + threadIdx.x;
+        u32x4 upper = at[0], lower = at[THREADS];
+        u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            u32x4 v = b[i % AHEAD][j];
+            u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+            mma_bf16(d[0][j], a0, b0);
+            mma_bf16(d[CHAINS - 1][j], a1, b1);
+        }
+        if (i + STAGES < MINE) fetch(i + STAGES);
+        copy_async_commit();
+        if (i + AHEAD < MINE) load_tokens(i + AHEAD);
+    }
+
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+        int token = 8 * j + lane % 4 * 2;
+        if (token >= tokens) break;
+        float* to = sums + (warp * TOKENS + token) * PITCH + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float v = d[0][j][i];
+            if (CHAINS > 1) v += d[CHAINS - 1][j][i];
+            to[i % 2 * PITCH + i / 2 * 8] = v;
+        }
+    }
+#if SCALE
+#pragma unroll
+    for (int j = 0; j < EACH_SCALE; j++) {
+        int token = warp + j * WARPS;
+        if (token >= TOKENS || token >= tokens) break;
+        float sum = warp_sum(square[j]);
+        if (lane == 0) scale[token] = rcp(sqrtf(sum * inverse_width + eps));
+    }
+#endif
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
+        if (at >= ROWS * TOKENS) break;  // whole warps
+        bool inside = row < rows && token < tokens;
+        float v = 0.0f;
+        if (inside) {
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + at / ROWS) * PITCH + at % ROWS];
+#if SCALE
+            v *= scale[at / ROWS];
+#endif
+#if EPILOGUE == 1
+            int c = row - first;
+            if (c >= 0 && c < channels) {
+                if (bias.present()) v += bias.data[row];
+                // The window holds what a prompt would have stored: numbers of the activations' type.
+                TO rounded;
+                set(rounded, v);
+                window[e][W - 1] = to_f32(rounded);
+                v = conv_bias.present() ? shift[e] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < W; i++) v += taps[e][i] * window[e][i];
+                v = silu(v);
+                float* next = state.row(slots != nullptr ? slots[token] : token) + c;
+#pragma unroll
+                for (int i = 0; i < W - 1; i++) next[static_cast<i64>(i) * channels] = window[e][i + 1];
+            } else {
+                v += shift[e];
+            }
+#else
+            v += shift[e];
+#endif
+        }
+#if EPILOGUE == 2
+        float s = 0.0f;
+        if (inside) {
+            s = before[e] + v;
+            stream.row(token)[row] = s;
+            v = s * taps[e][0];
+        }
+        // The lanes of a token's rows are neighbours.
+        float square = s * s;
+#pragma unroll
+        for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
+        if (at % ROWS == 0 && token < tokens) squares_out.row(token)[blockIdx.x] = square;
+#endif
+        if (inside) set(out.row(token)[row], v);
+    }
+}
