@@ -105,7 +105,7 @@ struct Work {
 // Walks over the chunks of a span with the state alone, forward or backward in time. The state that a chunk starts from (in
 // the direction of the walk) goes to `chunk_states` [chunks, heads, P, N], the one after the last chunk to `outgoing`, the
 // decay over the span to `decays` [spans, heads]; each if it is there. `incoming` and `outgoing` are by span.
-KERNEL __launch_bounds__(THREADS) states(Mat<T> x, Mat<T> b, const int* offsets, const float* delta, const float* cum,
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 4 : 1) states(Mat<T> x, Mat<T> b, const int* offsets, const float* delta, const float* cum,
                                          const float* rest, Mat<float> incoming, Mat<float> outgoing, float* decays,
                                          T* chunk_states, int backward, Sizes s) {
     DYNAMIC_SHARED(memory);
@@ -225,6 +225,7 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
     Spread<Q, PT> out((warp + blockIdx.x + blockIdx.y) % WARPS);
     StateSpread::Acc state;
     i64 offset = work.col * s.d_state;
+    float skip = d != nullptr && !s.d_per_channel ? d[work.head] : 0.0f;
     auto fetch = [&](int i) {
         i64 first = work.first_of(i);
         int rows = work.rows_from(first);
@@ -269,10 +270,12 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
             product<false, false, NP>(scores, queries, out.row, keys, 0);
 #pragma unroll
             for (int nt = 0; nt < COLS / 8; nt++) {
+                int j = out.col_of(nt, 0);
+                f32x2 step = now.delta_pair(j);
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int t = out.row_of(0, e), j = out.col_of(nt, e);
-                    scores[0][nt][e] = t >= j ? scores[0][nt][e] * now.decay(t, j) * now.delta[j] : 0.0f;
+                for (int e = 0; e < 4; e += 2) {
+                    f32x2 decay = now.decay_pair(out.row_of(0, e), j);
+                    scores[0][nt][e] *= decay.x * step.x, scores[0][nt][e + 1] *= decay.y * step.y;
                 }
             }
             Operand<1, COLS / 8> operand;
@@ -282,18 +285,19 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, M
         if (Q >= 32 && out.row < Q / 2) add_inputs(Constant<Q >= 32 ? Q / 2 : Q>()); else add_inputs(Constant<Q>());
         if (d != nullptr) {
 #pragma unroll
-            for (int mt = 0; mt < out.MT; mt++)
-#pragma unroll
-                for (int nt = 0; nt < out.NT; nt++) {
-                    i64 p = out.col_of(nt, 0), col = work.col + p;
-                    float skip[2] = {p < work.channels ? d[s.d_per_channel ? col : work.head] : 0.0f,
-                                     p + 1 < work.channels ? d[s.d_per_channel ? col + 1 : work.head] : 0.0f};
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        f32x2 in = values.pair(out.row_of(mt, e), p);
-                        acc[mt][nt][e] += in.x * skip[0], acc[mt][nt][e + 1] += in.y * skip[1];
-                    }
+            for (int nt = 0; nt < out.NT; nt++) {
+                int p = out.col_of(nt, 0);
+                float skip0 = skip, skip1 = skip;
+                if (s.d_per_channel) {
+                    skip0 = p < work.channels ? d[work.col + p] : 0.0f;
+                    skip1 = p + 1 < work.channels ? d[work.col + p + 1] : 0.0f;
                 }
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    f32x2 in = values.pair(out.row_of(0, e), p);
+                    acc[0][nt][e] += in.x * skip0, acc[0][nt][e + 1] += in.y * skip1;
+                }
+            }
         }
         if (spread.active) {
             scale(state, now.whole());

@@ -223,19 +223,17 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                         float across = 0.0f;
 #pragma unroll
                         for (int nt = 0; nt < PairSpread::NT; nt++) {
-                            float score[2];
-#pragma unroll
-                            for (int k = 0; k < 2; k++) {
-                                int e = 2 * half + k, j = pairs.col_of(nt, e);
-                                float decay = t >= j ? now.decay(t, j) : 0.0f, m = acc[mt][nt][e] * decay;
-                                if (t == j) diagonal[i % 2][t] = acc[mt][nt][e];
-                                score[k] = similar[mt][nt][e] * decay;
-                                mixed[mt][nt][e] += m * now.delta[j];
-                                m *= similar[mt][nt][e];
-                                across += m * now.delta[j];
-                                down[nt][k] += m;
-                            }
-                            scores.set_pair(t, pairs.col_of(nt, 0), score[0], score[1]);
+                            int j = pairs.col_of(nt, 0);
+                            f32x2 decay = now.decay_pair(t, j), step = now.delta_pair(j);
+                            float &up0 = acc[mt][nt][2 * half], &up1 = acc[mt][nt][2 * half + 1];
+                            if (t == j) diagonal[i % 2][t] = up0;
+                            if (t == j + 1) diagonal[i % 2][t] = up1;
+                            float score0 = similar[mt][nt][2 * half] * decay.x, score1 = similar[mt][nt][2 * half + 1] * decay.y;
+                            mixed[mt][nt][2 * half] += up0 * (decay.x * step.x), mixed[mt][nt][2 * half + 1] += up1 * (decay.y * step.y);
+                            float m0 = score0 * up0, m1 = score1 * up1;
+                            across += m0 * step.x + m1 * step.y;
+                            down[nt][0] += m0, down[nt][1] += m1;
+                            scores.set_pair(t, j, score0, score1);
                         }
                         put_row_sum(row_sums[i % 2], pairs, mt, half, across);
                     }
@@ -284,9 +282,14 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                     }
             }
             float sum = 0.0f;
-            for (int i = 2 * threadIdx.x; i < PT * NP; i += 2 * THREADS) {
-                f32x2 one = state.pair(i / NP, i % NP), two = gradient.pair(i / NP, i % NP);
-                sum += one.x * two.x + one.y * two.y;
+#pragma unroll
+            for (int from = 0; from < PT * NP; from += 8 * THREADS) {
+                int at = from + 8 * threadIdx.x;
+                if (PT * NP < 8 * THREADS && at >= PT * NP) break;
+                float one[8], two[8];
+                state.eight(one, at / NP, at % NP), gradient.eight(two, at / NP, at % NP);
+#pragma unroll
+                for (int k = 0; k < 8; k++) sum += one[k] * two[k];
             }
             sum = warp_sum(sum);
             if (lane == 0) state_sums[i % 2][warp] = sum;
@@ -311,6 +314,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                         put_row_sum(key_sums[i % 2], channel_spread, mt, half, across);
                     }
                 product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col);
+                float skip = d != nullptr && !s.d_per_channel ? d[h] : 0.0f;
 #pragma unroll
                 for (int mt = 0; mt < ChannelSpread::MT; mt++)
 #pragma unroll
@@ -319,14 +323,22 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
                         float step = now.delta[t];
 #pragma unroll
                         for (int nt = 0; nt < ChannelSpread::NT; nt++) {
-                            acc[mt][nt][e] *= step, acc[mt][nt][e + 1] *= step;
-                            if (d == nullptr) continue;
-                            int p = channel_spread.col_of(nt, 0);
-                            f32x2 up = ups.pair(t, p);
-                            if (p < channels) acc[mt][nt][e] += up.x * d[s.d_per_channel ? col + p : h];
-                            if (p + 1 < channels) acc[mt][nt][e + 1] += up.y * d[s.d_per_channel ? col + p + 1 : h];
+                            f32x2 up = ups.pair(t, channel_spread.col_of(nt, 0));
+                            acc[mt][nt][e] = step * acc[mt][nt][e] + skip * up.x;
+                            acc[mt][nt][e + 1] = step * acc[mt][nt][e + 1] + skip * up.y;
                         }
                     }
+                if (d != nullptr && s.d_per_channel) {
+#pragma unroll
+                    for (int mt = 0; mt < ChannelSpread::MT; mt++)
+#pragma unroll
+                        for (int nt = 0; nt < ChannelSpread::NT; nt++)
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                int p = channel_spread.col_of(nt, e);
+                                if (p < channels) acc[mt][nt][e] += d[col + p] * ups.value(channel_spread.row_of(mt, e), p);
+                            }
+                }
                 if (dx.present()) store_result(dx.row(first) + col, dx.stride, acc, channel_spread, rows, channels);
             }
             if (part_d != nullptr && s.d_per_channel && threadIdx.x < channels) {

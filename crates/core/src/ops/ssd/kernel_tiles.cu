@@ -79,6 +79,18 @@ struct Tile {
         }
         return sum;
     }
+    // Eight neighbours, c a multiple of 8.
+    DEVICE void eight(float* v, int r, int c) const {
+#pragma unroll
+        for (int k = 0; k < 8; k++) v[k] = 0.0f;
+#pragma unroll
+        for (int i = SPLIT - 1; i >= 0; i--) {
+            float part[8];
+            load<8>(part, data + i * PLANE + r * LD + c);
+#pragma unroll
+            for (int k = 0; k < 8; k++) v[k] += part[k];
+        }
+    }
     DEVICE void set_pair(int r, int c, float x, float y) const {
 #pragma unroll
         for (int i = 0; i < SPLIT; i++) {
@@ -194,7 +206,8 @@ DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, W w
     int lane = threadIdx.x % WARP, row = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
     const bf16* pa = A_T ? a.data + (third + row) * TileA::LD + m + second : a.data + (m + second + row) * TileA::LD + third;
     const bf16* pb = B_T ? b.data + (second + row) * TileB::LD + n + third : b.data + (n + third + row) * TileB::LD + second;
-#pragma unroll 2
+    constexpr int UNROLL = PT < 64 ? 1 : 2;
+#pragma unroll UNROLL
     for (int k = 0; k < K; k += 16) {
         u32 fa[SPLIT][MT][4];
 #pragma unroll
@@ -363,6 +376,14 @@ struct __align__(16) ChunkSteps {
         if (SPLIT > 1) log += rest[to] - rest[from];
         return ex2(log);
     }
+    // From after row j, or j + 1, to after row `to`; 0 if they come later.
+    DEVICE f32x2 decay_pair(int to, int j) const {
+        f32x2 one = *reinterpret_cast<const f32x2*>(cum + j);
+        float x = cum[to] - one.x, y = cum[to] - one.y;
+        if (SPLIT > 1) x += rest[to] - rest[j], y += rest[to] - rest[j + 1];
+        return f32x2{to >= j ? ex2(x) : 0.0f, to > j ? ex2(y) : 0.0f};
+    }
+    DEVICE f32x2 delta_pair(int j) const { return *reinterpret_cast<const f32x2*>(delta + j); }
     // From the chunk's start to after row t, from after row t to the chunk's end, and over all of it.
     DEVICE float before(int t) const { return ex2(SPLIT > 1 ? cum[t] + rest[t] : cum[t]); }
     DEVICE float after(int t) const { return decay(Q - 1, t); }
