@@ -20,10 +20,6 @@ const RECURRENCE_THREADS: usize = 128;
 const RECURRENCE_ROWS: usize = 4;
 /// The largest state size whose tiles fit registers and shared memory.
 const MOST_STATES: usize = 256;
-/// Blocks of the walk that a multiprocessor has room for, and its buffers of a chunk's rows.
-const WALKS: usize = 3;
-const WALK_STAGES: usize = 1;
-
 /// How a call is cut: sizes of tiles and of pieces of segments. Depends on shapes, types and the GPU alone.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
@@ -36,7 +32,7 @@ struct Cut {
     channels: usize,
     /// The state size, rounded up.
     states: usize,
-    /// Buffers of the gradient for a head's rows and states.
+    /// Buffers that rows and states are fetched into while others are worked on.
     stages: usize,
     /// Rows of a span; more than there are tokens if segments are not cut.
     span: usize,
@@ -50,10 +46,10 @@ fn tile(planes: usize, rows: usize, cols: usize) -> usize {
 impl Cut {
     fn new(dims: &Dims, tokens: usize, segments: usize, dtype: DType, gradient: bool, gpu: &Properties) -> Cut {
         let states = dims.d_state.next_power_of_two().max(16);
-        let (chunk, planes) = if dtype == DType::BF16 { (64, 1) } else { (32, 3) };
+        let (chunk, stages) = if dtype == DType::BF16 { (64, 2) } else { (32, 1) };
         // A thread of a walk holds 64 numbers of the state.
         let channels = dims.headdim.next_power_of_two().clamp(16, 64).min(128 * chunk / states).max(16);
-        let mut cut = Cut { tokens, segments, dtype, chunk, channels, states, stages: 3 - planes.min(2), span: 0 };
+        let mut cut = Cut { tokens, segments, dtype, chunk, channels, states, stages, span: 0 };
         let too_large = |cut: &Cut| cut.shared(gradient) > gpu.shared as usize;
         if too_large(&cut) {
             cut.stages = 1;
@@ -68,15 +64,21 @@ impl Cut {
         cut
     }
 
-    /// Rows of a span. Walks over n spans of each segment at once take about as long as the chunks of one span times the
-    /// blocks that share a multiprocessor (where there is one only, waiting for memory takes as long as two); more than one
-    /// costs a walk for the states that they start from.
+    /// Rows of a span: what takes least time, in steps of a multiprocessor from one chunk to the next. Two blocks share a
+    /// multiprocessor; one alone waits and is less than twice as fast. More than one span a segment costs a walk for the
+    /// states that they start from, and the traffic of those.
     fn best_span(&self, dims: &Dims, gpu: &Properties) -> usize {
-        let segments = self.segments.max(1);
+        let (segments, sms) = (self.segments.max(1), gpu.sms as usize);
         let chunks = self.tokens.div_ceil(segments).div_ceil(self.chunk);
         let cost = |n: usize| {
-            let blocks = (segments * dims.heads * self.tiles(dims) * n).div_ceil(gpu.sms as usize);
-            (chunks.div_ceil(n) * blocks.max(2)) as f64 * if n > 1 { 1.4 } else { 1.0 }
+            let blocks = segments * dims.heads * self.tiles(dims) * n;
+            let last = match blocks % (2 * sms) {
+                0 => 0.0,
+                rest if rest <= sms => 1.4,
+                _ => 2.0,
+            };
+            let walk = chunks.div_ceil(n) as f64 * ((blocks / (2 * sms) * 2) as f64 + last);
+            if n > 1 { 1.4 * walk + 3.0 * blocks as f64 / sms as f64 } else { walk }
         };
         let spans = (1..=chunks.clamp(1, 64)).min_by(|&a, &b| cost(a).total_cmp(&cost(b))).unwrap_or(1);
         if spans == 1 { self.tokens + 1 } else { chunks.div_ceil(spans) * self.chunk }
@@ -94,7 +96,7 @@ impl Cut {
     fn walk_shared(&self) -> usize {
         let (p, q) = (self.planes(), self.chunk);
         let stage = tile(p, q, self.channels) + 2 * tile(p, q, self.states);
-        tile(p, self.channels, self.states) + WALK_STAGES * stage
+        tile(p, self.channels, self.states) + self.stages * stage
     }
 
     fn gradient_shared(&self) -> usize {
@@ -137,10 +139,7 @@ impl Cut {
     /// A kernel that walks over spans.
     fn walk(&self, entry: &'static str, vector: usize, gate: bool) -> Kernel {
         let threads = 2 * self.chunk;
-        self.kernel(&PROGRAM, entry, vector, threads)
-            .define("STAGES", WALK_STAGES)
-            .define("WALKS", WALKS)
-            .define("GATE", i32::from(gate))
+        self.kernel(&PROGRAM, entry, vector, threads).define("STAGES", self.stages).define("GATE", i32::from(gate))
     }
 
     fn kernel(&self, program: &'static Program, entry: &'static str, vector: usize, threads: usize) -> Kernel {

@@ -12,7 +12,7 @@
 //
 // Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 896 products of 16 x 8 x 16, 1450 cycles of a multiprocessor.
 //
-// See kernel_tiles.cu for macros.
+// Macros: those of kernel_tiles.cu; STAGES buffers that a chunk's rows are fetched into; GATE whether there is a z.
 
 // Δ, the cumulative logarithms of decays and, for the gradient, dΔ/d(dt): a warp a head, in the chunk of slot blockIdx.x.
 KERNEL __launch_bounds__(THREADS) steps(Mat<T> dt, const float* a, const float* dt_bias, const int* offsets, float* delta,
@@ -105,7 +105,7 @@ struct Work {
 // Walks over the chunks of a span with the state alone, forward or backward in time. The state that a chunk starts from (in
 // the direction of the walk) goes to `chunk_states` [chunks, heads, P, N], the one after the last chunk to `outgoing`, the
 // decay over the span to `decays` [spans, heads]; each if it is there. `incoming` and `outgoing` are by span.
-KERNEL __launch_bounds__(THREADS) states(Mat<T> x, Mat<T> b, const int* offsets, const float* delta, const float* cum,
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 4 : 1) states(Mat<T> x, Mat<T> b, const int* offsets, const float* delta, const float* cum,
                                          const float* rest, Mat<float> incoming, Mat<float> outgoing, float* decays,
                                          T* chunk_states, int backward, Sizes s) {
     DYNAMIC_SHARED(memory);
@@ -153,7 +153,7 @@ KERNEL __launch_bounds__(THREADS) states(Mat<T> x, Mat<T> b, const int* offsets,
         if (spread.active) {
             scale(state, now.whole());
             auto weight = [&](int t) { return backward ? now.before(t) : now.delta[t] * now.after(t); };
-            product<true, true, Q>(state, values, spread.row, keys, spread.col, NP, 0, weight);
+            product<true, true, Q>(state, values, spread.row, keys, spread.col, weight);
         }
         __syncthreads();
     }
@@ -174,20 +174,32 @@ KERNEL __launch_bounds__(THREADS) scan_spans(const int* offsets, const float* de
     i64 spans = (offsets[segment + 1] - offsets[segment] + s.span - 1) / s.span;
     float now[W] = {};
     if (initial.present()) load<W>(now, initial.row(segment) + element);
-    for (i64 i = 0; i < spans; i++) {
-        i64 k = slot + (backward ? spans - 1 - i : i);
-        float added[W], decay = decays[k * s.heads + head];
-        load<W>(added, span_states.row(k) + element);
-        store<W>(span_states.row(k) + element, now);
+    // Several loads under way at once.
+    constexpr int AHEAD = 8;
+    for (i64 i = 0; i < spans; i += AHEAD) {
+        float added[AHEAD][W], decay[AHEAD];
 #pragma unroll
-        for (int w = 0; w < W; w++) now[w] = decay * now[w] + added[w];
+        for (int u = 0; u < AHEAD; u++) {
+            if (i + u >= spans) break;
+            i64 k = slot + (backward ? spans - 1 - i - u : i + u);
+            decay[u] = decays[k * s.heads + head];
+            load<W>(added[u], span_states.row(k) + element);
+        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            if (i + u >= spans) break;
+            store<W>(span_states.row(slot + (backward ? spans - 1 - i - u : i + u)) + element, now);
+#pragma unroll
+            for (int w = 0; w < W; w++) now[w] = decay[u] * now[w] + added[u][w];
+        }
     }
     if (last.present()) store<W>(last.row(segment) + element, now);
 }
 
 // Outputs of a span and, if wanted, the state after it. With dy, what the gradient of the gate needs instead: dz, and
-// the gradient of the sum before the gate. A warp takes 16 rows of a chunk, so that the scores stay in its registers.
-KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? WALKS : 1) walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z,
+// the gradient of the sum before the gate. A warp takes 16 rows of a chunk, so that the scores stay in its registers; those of
+// the first half need only the first half of the scores.
+KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? 2 : 1) walk(Mat<T> x, Mat<T> b, Mat<T> c, const float* d, Mat<T> z,
                                                             const int* offsets, const float* delta, const float* cum,
                                                             const float* rest, Mat<float> incoming, Mat<float> outgoing,
                                                             Mat<T> y, Mat<T> dy, Mat<T> dz, Mat<T> d_sum, Sizes s) {
@@ -210,11 +222,10 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? WALKS : 1) walk(Mat<T> x, Mat<T> 
     int warp = threadIdx.x / WARP;
     StateSpread spread(warp);
     // Later rows have more to do: blocks give them to different warps.
-    int turned = (warp + blockIdx.x + blockIdx.y) % WARPS;
-    Spread<Q, Q> pairs(turned);
-    Spread<Q, PT> out(turned);
+    Spread<Q, PT> out((warp + blockIdx.x + blockIdx.y) % WARPS);
     StateSpread::Acc state;
     i64 offset = work.col * s.d_state;
+    float skip = d != nullptr && !s.d_per_channel ? d[work.head] : 0.0f;
     auto fetch = [&](int i) {
         i64 first = work.first_of(i);
         int rows = work.rows_from(first);
@@ -244,21 +255,6 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? WALKS : 1) walk(Mat<T> x, Mat<T> 
         const ChunkSteps& now = chunk_steps[i % STAGES];
         Tile<Q, PT> values = values_of(i);
         Tile<Q, NP> keys = keys_of(i), queries = queries_of(i);
-        Operand<1, Q / 8> scores;
-        {
-            float acc[1][Q / 8][4] = {};
-            product<false, false, NP>(acc, queries, pairs.row, keys, 0, pairs.row + 16);
-#pragma unroll
-            for (int nt = 0; nt < Q / 8; nt++) {
-                if (nt * 8 >= pairs.row + 16) continue;
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int t = pairs.row_of(0, e), j = pairs.col_of(nt, e);
-                    acc[0][nt][e] = t >= j ? acc[0][nt][e] * now.decay(t, j) * now.delta[j] : 0.0f;
-                }
-            }
-            scores.set(acc);
-        }
         Spread<Q, PT>::Acc acc = {};
         product<false, false, NP>(acc, queries, out.row, rounded, 0);
 #pragma unroll
@@ -267,26 +263,46 @@ KERNEL __launch_bounds__(THREADS, SPLIT == 1 ? WALKS : 1) walk(Mat<T> x, Mat<T> 
 #pragma unroll
             for (int nt = 0; nt < out.NT; nt++) acc[0][nt][2 * half] *= before, acc[0][nt][2 * half + 1] *= before;
         }
-        product(acc, scores, values, 0, pairs.row + 16);
+        // Of the rows of the chunk, the first COLS.
+        auto add_inputs = [&](auto cols) {
+            constexpr int COLS = decltype(cols)::VALUE;
+            float scores[1][COLS / 8][4] = {};
+            product<false, false, NP>(scores, queries, out.row, keys, 0);
+#pragma unroll
+            for (int nt = 0; nt < COLS / 8; nt++) {
+                int j = out.col_of(nt, 0);
+                f32x2 step = now.delta_pair(j);
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    f32x2 decay = now.decay_pair(out.row_of(0, e), j);
+                    scores[0][nt][e] *= decay.x * step.x, scores[0][nt][e + 1] *= decay.y * step.y;
+                }
+            }
+            Operand<1, COLS / 8> operand;
+            operand.set(scores);
+            product(acc, operand, values, 0);
+        };
+        if (Q >= 32 && out.row < Q / 2) add_inputs(Constant<Q >= 32 ? Q / 2 : Q>()); else add_inputs(Constant<Q>());
         if (d != nullptr) {
 #pragma unroll
-            for (int mt = 0; mt < out.MT; mt++)
-#pragma unroll
-                for (int nt = 0; nt < out.NT; nt++) {
-                    i64 p = out.col_of(nt, 0), col = work.col + p;
-                    float skip[2] = {p < work.channels ? d[s.d_per_channel ? col : work.head] : 0.0f,
-                                     p + 1 < work.channels ? d[s.d_per_channel ? col + 1 : work.head] : 0.0f};
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        f32x2 in = values.pair(out.row_of(mt, e), p);
-                        acc[mt][nt][e] += in.x * skip[0], acc[mt][nt][e + 1] += in.y * skip[1];
-                    }
+            for (int nt = 0; nt < out.NT; nt++) {
+                int p = out.col_of(nt, 0);
+                float skip0 = skip, skip1 = skip;
+                if (s.d_per_channel) {
+                    skip0 = p < work.channels ? d[work.col + p] : 0.0f;
+                    skip1 = p + 1 < work.channels ? d[work.col + p + 1] : 0.0f;
                 }
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    f32x2 in = values.pair(out.row_of(0, e), p);
+                    acc[0][nt][e] += in.x * skip0, acc[0][nt][e + 1] += in.y * skip1;
+                }
+            }
         }
         if (spread.active) {
             scale(state, now.whole());
             auto weight = [&](int t) { return now.delta[t] * now.after(t); };
-            product<true, true, Q>(state, values, spread.row, keys, spread.col, NP, 0, weight);
+            product<true, true, Q>(state, values, spread.row, keys, spread.col, weight);
         }
         __syncthreads();
         if (STAGES == 1 && i + 1 < work.chunks) fetch(i + 1);

@@ -17,7 +17,7 @@
 //
 // Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 1024 products of 16 x 8 x 16, 1650 cycles of a multiprocessor.
 //
-// See kernel_tiles.cu for macros.
+// Macros: those of kernel_tiles.cu; STAGES buffers that a head's rows and states are fetched into.
 
 typedef Spread<Q, Q, 4> PairSpread;
 typedef Spread<Q, PT, 2> ChannelSpread;
@@ -38,9 +38,9 @@ DEVICE float add_up(const float (*sums)[Q], int t) {
     return sum;
 }
 
-// Sums over the rows of the chunk, a value for each head (or, for D per channel, each channel), go to row `slot` of
-// `part_a`, `part_bias` and `part_d`. blockIdx.x is the chunk's slot, blockIdx.y the group and, where a group's heads are split, which part of them. The parts'
-// dB and dC then go to `split_b` and `split_c`: [splits, tokens, G N].
+// blockIdx.x is the chunk's slot, blockIdx.y the group and, where a group's heads are split, which part of them: the parts' dB
+// and dC then go to `split_b` and `split_c`, [splits, tokens, G N]. Sums over the rows of the chunk, a value for each head (or,
+// for D per channel, each channel), go to row `slot` of `part_a`, `part_bias` and `part_d`.
 KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, const float* a, const float* d, const int* offsets,
                                                const float* delta, const float* cum, const float* rest, const float* slope,
                                                const T* chunk_states, const T* chunk_gradients, Mat<T> dy, Mat<T> dx,
@@ -121,7 +121,7 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
     KeySpread key_spread(warp);
     PairSpread::Acc similar = {}, mixed = {};
     KeySpread::Acc dkeys = {}, dqueries = {};
-    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col, pairs.row + PairSpread::MT * 16);
+    if (pairs.active) product<false, false, NP>(similar, queries, pairs.row, keys, pairs.col);
 
     // What is left once the products of item i are done: sums of rows, and with the last channels of a head the gradient of
     // its steps. For one warp, lane l of which has the rows from l · EACH on.
@@ -211,129 +211,141 @@ KERNEL __launch_bounds__(THREADS, 1) gradients(Mat<T> x, Mat<T> b, Mat<T> c, con
         Tile<PT, NP> state{reinterpret_cast<bf16*>(stage + 2 * Tile<Q, PT>::BYTES)};
         Tile<PT, NP> gradient{reinterpret_cast<bf16*>(stage + 2 * Tile<Q, PT>::BYTES + Tile<PT, NP>::BYTES)};
 
-            if (pairs.active) {
-                PairSpread::Acc acc = {};
-                product<false, false, PT>(acc, ups, pairs.row, values, pairs.col, pairs.row + PairSpread::MT * 16);
-                float down[PairSpread::NT][2] = {};
+        if (pairs.active) {
+            PairSpread::Acc acc = {};
+            product<false, false, PT>(acc, ups, pairs.row, values, pairs.col);
+            float down[PairSpread::NT][2] = {};
 #pragma unroll
-                for (int mt = 0; mt < PairSpread::MT; mt++)
+            for (int mt = 0; mt < PairSpread::MT; mt++)
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int t = pairs.row_of(mt, 2 * half);
-                        float across = 0.0f;
+                for (int half = 0; half < 2; half++) {
+                    int t = pairs.row_of(mt, 2 * half);
+                    float across = 0.0f;
 #pragma unroll
-                        for (int nt = 0; nt < PairSpread::NT; nt++) {
-                            float score[2];
-#pragma unroll
-                            for (int k = 0; k < 2; k++) {
-                                int e = 2 * half + k, j = pairs.col_of(nt, e);
-                                float decay = t >= j ? now.decay(t, j) : 0.0f, m = acc[mt][nt][e] * decay;
-                                if (t == j) diagonal[i % 2][t] = acc[mt][nt][e];
-                                score[k] = similar[mt][nt][e] * decay;
-                                mixed[mt][nt][e] += m * now.delta[j];
-                                m *= similar[mt][nt][e];
-                                across += m * now.delta[j];
-                                down[nt][k] += m;
-                            }
-                            scores.set_pair(t, pairs.col_of(nt, 0), score[0], score[1]);
-                        }
-                        put_row_sum(row_sums[i % 2], pairs, mt, half, across);
+                    for (int nt = 0; nt < PairSpread::NT; nt++) {
+                        int j = pairs.col_of(nt, 0);
+                        f32x2 decay = now.decay_pair(t, j), step = now.delta_pair(j);
+                        float &up0 = acc[mt][nt][2 * half], &up1 = acc[mt][nt][2 * half + 1];
+                        if (t == j) diagonal[i % 2][t] = up0;
+                        if (t == j + 1) diagonal[i % 2][t] = up1;
+                        float score0 = similar[mt][nt][2 * half] * decay.x, score1 = similar[mt][nt][2 * half + 1] * decay.y;
+                        mixed[mt][nt][2 * half] += up0 * (decay.x * step.x), mixed[mt][nt][2 * half + 1] += up1 * (decay.y * step.y);
+                        float m0 = score0 * up0, m1 = score1 * up1;
+                        across += m0 * step.x + m1 * step.y;
+                        down[nt][0] += m0, down[nt][1] += m1;
+                        scores.set_pair(t, j, score0, score1);
                     }
+                    put_row_sum(row_sums[i % 2], pairs, mt, half, across);
+                }
 #pragma unroll
-                for (int nt = 0; nt < PairSpread::NT; nt++)
+            for (int nt = 0; nt < PairSpread::NT; nt++)
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        float v = down[nt][k];
+                for (int k = 0; k < 2; k++) {
+                    float v = down[nt][k];
 #pragma unroll
-                        for (int lanes = 4; lanes < WARP; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
-                        if (lane < 4) col_sums[i % 2][pairs.warp_row][pairs.col_of(nt, k)] = v;
+                    for (int lanes = 4; lanes < WARP; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+                    if (lane < 4) col_sums[i % 2][pairs.warp_row][pairs.col_of(nt, k)] = v;
+                }
+        }
+        if (key_spread.active) {
+            KeySpread::Acc acc = {};
+            product<false, true, PT>(acc, ups, key_spread.row, state, key_spread.col);
+#pragma unroll
+            for (int mt = 0; mt < KeySpread::MT; mt++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int t = key_spread.row_of(mt, 2 * half);
+                    float factor = now.before(t), across = 0.0f;
+#pragma unroll
+                    for (int nt = 0; nt < KeySpread::NT; nt++) {
+                        f32x2 query = queries.pair(t, key_spread.col_of(nt, 0));
+                        float v0 = factor * acc[mt][nt][2 * half], v1 = factor * acc[mt][nt][2 * half + 1];
+                        dqueries[mt][nt][2 * half] += v0, dqueries[mt][nt][2 * half + 1] += v1;
+                        across += v0 * query.x + v1 * query.y;
                     }
-            }
-            if (key_spread.active) {
-                KeySpread::Acc acc = {};
-                product<false, true, PT>(acc, ups, key_spread.row, state, key_spread.col);
+                    put_row_sum(query_sums[i % 2], key_spread, mt, half, across);
+                }
+        }
+        if (key_spread.active) {
+            KeySpread::Acc acc = {};
+            product<false, true, PT>(acc, values, key_spread.row, gradient, key_spread.col);
 #pragma unroll
-                for (int mt = 0; mt < KeySpread::MT; mt++)
+            for (int mt = 0; mt < KeySpread::MT; mt++)
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int t = key_spread.row_of(mt, 2 * half);
-                        float factor = now.before(t), across = 0.0f;
+                for (int half = 0; half < 2; half++) {
+                    int t = key_spread.row_of(mt, 2 * half);
+                    float factor = now.after(t) * now.delta[t];
 #pragma unroll
-                        for (int nt = 0; nt < KeySpread::NT; nt++) {
-                            f32x2 query = queries.pair(t, key_spread.col_of(nt, 0));
-                            float v0 = factor * acc[mt][nt][2 * half], v1 = factor * acc[mt][nt][2 * half + 1];
-                            dqueries[mt][nt][2 * half] += v0, dqueries[mt][nt][2 * half + 1] += v1;
-                            across += v0 * query.x + v1 * query.y;
-                        }
-                        put_row_sum(query_sums[i % 2], key_spread, mt, half, across);
-                    }
-            }
-            if (key_spread.active) {
-                KeySpread::Acc acc = {};
-                product<false, true, PT>(acc, values, key_spread.row, gradient, key_spread.col);
+                    for (int nt = 0; nt < KeySpread::NT; nt++)
 #pragma unroll
-                for (int mt = 0; mt < KeySpread::MT; mt++)
+                        for (int k = 0; k < 2; k++) dkeys[mt][nt][2 * half + k] += factor * acc[mt][nt][2 * half + k];
+                }
+        }
+        float sum = 0.0f;
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int t = key_spread.row_of(mt, 2 * half);
-                        float factor = now.after(t) * now.delta[t];
+        for (int from = 0; from < PT * NP; from += 8 * THREADS) {
+            int at = from + 8 * threadIdx.x;
+            if (PT * NP < 8 * THREADS && at >= PT * NP) break;
+            float one[8], two[8];
+            state.eight(one, at / NP, at % NP), gradient.eight(two, at / NP, at % NP);
 #pragma unroll
-                        for (int nt = 0; nt < KeySpread::NT; nt++)
-#pragma unroll
-                            for (int k = 0; k < 2; k++) dkeys[mt][nt][2 * half + k] += factor * acc[mt][nt][2 * half + k];
-                    }
-            }
-            float sum = 0.0f;
-            for (int i = 2 * threadIdx.x; i < PT * NP; i += 2 * THREADS) {
-                f32x2 one = state.pair(i / NP, i % NP), two = gradient.pair(i / NP, i % NP);
-                sum += one.x * two.x + one.y * two.y;
-            }
-            sum = warp_sum(sum);
-            if (lane == 0) state_sums[i % 2][warp] = sum;
-            __syncthreads();
+            for (int k = 0; k < 8; k++) sum += one[k] * two[k];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) state_sums[i % 2][warp] = sum;
+        __syncthreads();
 
-            if (channel_spread.active) {
-                ChannelSpread::Acc acc = {};
-                product<false, false, NP>(acc, keys, channel_spread.row, gradient, channel_spread.col);
+        if (channel_spread.active) {
+            ChannelSpread::Acc acc = {};
+            product<false, false, NP>(acc, keys, channel_spread.row, gradient, channel_spread.col);
+#pragma unroll
+            for (int mt = 0; mt < ChannelSpread::MT; mt++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int t = channel_spread.row_of(mt, 2 * half);
+                    float factor = now.after(t), across = 0.0f;
+#pragma unroll
+                    for (int nt = 0; nt < ChannelSpread::NT; nt++) {
+                        f32x2 in = values.pair(t, channel_spread.col_of(nt, 0));
+                        float &v0 = acc[mt][nt][2 * half], &v1 = acc[mt][nt][2 * half + 1];
+                        v0 *= factor, v1 *= factor;
+                        across += v0 * in.x + v1 * in.y;
+                    }
+                    put_row_sum(key_sums[i % 2], channel_spread, mt, half, across);
+                }
+            product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col);
+            float skip = d != nullptr && !s.d_per_channel ? d[h] : 0.0f;
+#pragma unroll
+            for (int mt = 0; mt < ChannelSpread::MT; mt++)
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    int t = channel_spread.row_of(mt, e);
+                    float step = now.delta[t];
+#pragma unroll
+                    for (int nt = 0; nt < ChannelSpread::NT; nt++) {
+                        f32x2 up = ups.pair(t, channel_spread.col_of(nt, 0));
+                        acc[mt][nt][e] = step * acc[mt][nt][e] + skip * up.x;
+                        acc[mt][nt][e + 1] = step * acc[mt][nt][e + 1] + skip * up.y;
+                    }
+                }
+            if (d != nullptr && s.d_per_channel) {
 #pragma unroll
                 for (int mt = 0; mt < ChannelSpread::MT; mt++)
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        int t = channel_spread.row_of(mt, 2 * half);
-                        float factor = now.after(t), across = 0.0f;
+                    for (int nt = 0; nt < ChannelSpread::NT; nt++)
 #pragma unroll
-                        for (int nt = 0; nt < ChannelSpread::NT; nt++) {
-                            f32x2 in = values.pair(t, channel_spread.col_of(nt, 0));
-                            float &v0 = acc[mt][nt][2 * half], &v1 = acc[mt][nt][2 * half + 1];
-                            v0 *= factor, v1 *= factor;
-                            across += v0 * in.x + v1 * in.y;
+                        for (int e = 0; e < 4; e++) {
+                            int p = channel_spread.col_of(nt, e);
+                            if (p < channels) acc[mt][nt][e] += d[col + p] * ups.value(channel_spread.row_of(mt, e), p);
                         }
-                        put_row_sum(key_sums[i % 2], channel_spread, mt, half, across);
-                    }
-                product<true, true, Q>(acc, scores, channel_spread.row, ups, channel_spread.col, PT, channel_spread.row);
-#pragma unroll
-                for (int mt = 0; mt < ChannelSpread::MT; mt++)
-#pragma unroll
-                    for (int e = 0; e < 4; e += 2) {
-                        int t = channel_spread.row_of(mt, e);
-                        float step = now.delta[t];
-#pragma unroll
-                        for (int nt = 0; nt < ChannelSpread::NT; nt++) {
-                            acc[mt][nt][e] *= step, acc[mt][nt][e + 1] *= step;
-                            if (d == nullptr) continue;
-                            int p = channel_spread.col_of(nt, 0);
-                            f32x2 up = ups.pair(t, p);
-                            if (p < channels) acc[mt][nt][e] += up.x * d[s.d_per_channel ? col + p : h];
-                            if (p + 1 < channels) acc[mt][nt][e + 1] += up.y * d[s.d_per_channel ? col + p + 1 : h];
-                        }
-                    }
-                if (dx.present()) store_result(dx.row(first) + col, dx.stride, acc, channel_spread, rows, channels);
             }
-            if (part_d != nullptr && s.d_per_channel && threadIdx.x < channels) {
-                float total = 0.0f;
-                for (int t = 0; t < rows; t++) total += ups.value(t, threadIdx.x) * values.value(t, threadIdx.x);
-                part_d[slot * s.heads * s.headdim + col + threadIdx.x] = total;
-            }
+            if (dx.present()) store_result(dx.row(first) + col, dx.stride, acc, channel_spread, rows, channels);
+        }
+        if (part_d != nullptr && s.d_per_channel && threadIdx.x < channels) {
+            float total = 0.0f;
+            for (int t = 0; t < rows; t++) total += ups.value(t, threadIdx.x) * values.value(t, threadIdx.x);
+            part_d[slot * s.heads * s.headdim + col + threadIdx.x] = total;
+        }
     }
 
     __syncthreads();

@@ -79,6 +79,18 @@ struct Tile {
         }
         return sum;
     }
+    // Eight neighbours, c a multiple of 8.
+    DEVICE void eight(float* v, int r, int c) const {
+#pragma unroll
+        for (int k = 0; k < 8; k++) v[k] = 0.0f;
+#pragma unroll
+        for (int i = SPLIT - 1; i >= 0; i--) {
+            float part[8];
+            load<8>(part, data + i * PLANE + r * LD + c);
+#pragma unroll
+            for (int k = 0; k < 8; k++) v[k] += part[k];
+        }
+    }
     DEVICE void set_pair(int r, int c, float x, float y) const {
 #pragma unroll
         for (int i = 0; i < SPLIT; i++) {
@@ -169,6 +181,11 @@ DEVICE void split_pair(u32* to, int step, float x, float y) {
     }
 }
 
+template <int N>
+struct Constant {
+    static constexpr int VALUE = N;
+};
+
 struct Unweighted {
     DEVICE float operator()(int) const { return 1.0f; }
 };
@@ -181,18 +198,17 @@ struct IsWeighted<Unweighted> {
     static constexpr bool VALUE = false;
 };
 
-// acc += A · diag(weight) · B over k in [k_from, k_to) for the rows of the result from `m` and its columns from `n` on, those
-// below `n_to`; limits are multiples of 16. A is stored by rows, [m, k], or, with A_T, [k, m]; B is stored [n, k] or, with
-// B_T, [k, n].
+// acc += A · diag(weight) · B for the rows of the result from `m` and its columns from `n` on. A is stored by rows, [m, k],
+// or, with A_T, [k, m]; B is stored [n, k] or, with B_T, [k, n]. No branches, so that the compiler can load fragments ahead;
+// unrolled only so far as registers allow.
 template <bool A_T, bool B_T, int K, class TileA, class TileB, int MT, int NT, class W = Unweighted>
-DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, int n_to = 1 << 20, int k_from = 0,
-                    W weight = W()) {
+DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, W weight = W()) {
     int lane = threadIdx.x % WARP, row = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
     const bf16* pa = A_T ? a.data + (third + row) * TileA::LD + m + second : a.data + (m + second + row) * TileA::LD + third;
     const bf16* pb = B_T ? b.data + (second + row) * TileB::LD + n + third : b.data + (n + third + row) * TileB::LD + second;
-#pragma unroll
+    constexpr int UNROLL = PT < 64 ? 1 : 2;
+#pragma unroll UNROLL
     for (int k = 0; k < K; k += 16) {
-        if (k < k_from) continue;
         u32 fa[SPLIT][MT][4];
 #pragma unroll
         for (int i = 0; i < SPLIT; i++) {
@@ -220,7 +236,6 @@ DEVICE void product(float (&acc)[MT][NT][4], TileA a, int m, TileB b, int n, int
         }
 #pragma unroll
         for (int nt = 0; nt < NT; nt += 2) {
-            if (n + nt * 8 >= n_to) continue;
 #pragma unroll
             for (int j = SPLIT - 1; j >= 0; j--) {
                 u32 fb[4];
@@ -256,14 +271,13 @@ struct Operand {
     }
 };
 
-// acc += A · B for an A in registers, over k below k_to; B is stored [k, n].
+// acc += A · B for an A in registers; B is stored [k, n].
 template <int MT, int KT, int NT, class TileB>
-DEVICE void product(float (&acc)[MT][NT][4], const Operand<MT, KT>& a, TileB b, int n, int k_to) {
+DEVICE void product(float (&acc)[MT][NT][4], const Operand<MT, KT>& a, TileB b, int n) {
     int lane = threadIdx.x % WARP;
     const bf16* pb = b.data + (lane / 8 % 2 * 8 + lane % 8) * TileB::LD + n + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < KT / 2; k++) {
-        if (k * 16 >= k_to) continue;
 #pragma unroll
         for (int nt = 0; nt < NT; nt += 2) {
 #pragma unroll
@@ -362,6 +376,14 @@ struct __align__(16) ChunkSteps {
         if (SPLIT > 1) log += rest[to] - rest[from];
         return ex2(log);
     }
+    // From after row j, or j + 1, to after row `to`; 0 if they come later.
+    DEVICE f32x2 decay_pair(int to, int j) const {
+        f32x2 one = *reinterpret_cast<const f32x2*>(cum + j);
+        float x = cum[to] - one.x, y = cum[to] - one.y;
+        if (SPLIT > 1) x += rest[to] - rest[j], y += rest[to] - rest[j + 1];
+        return f32x2{to >= j ? ex2(x) : 0.0f, to > j ? ex2(y) : 0.0f};
+    }
+    DEVICE f32x2 delta_pair(int j) const { return *reinterpret_cast<const f32x2*>(delta + j); }
     // From the chunk's start to after row t, from after row t to the chunk's end, and over all of it.
     DEVICE float before(int t) const { return ex2(SPLIT > 1 ? cum[t] + rest[t] : cum[t]); }
     DEVICE float after(int t) const { return decay(Q - 1, t); }

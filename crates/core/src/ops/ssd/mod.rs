@@ -17,7 +17,11 @@
 //! one exception: a block of at most [`SHORT`] rows (a decode step, or the rest of a chunk) runs the plain recurrence,
 //! which adds up in another order. Within such a block any cut changes nothing. Other cuts agree within rounding.
 //!
-//! The products bound the speed: about two thirds of the time at P = 64 and N = 128, close to the multiply-add peak.
+//! On a GPU chunks are the kernels' own (64 rows in bf16, 32 or fewer in f32; `chunk` is not looked at), and cuts agree
+//! within rounding. Two runs of a graph have the same bits. Up to [`SHORT`] tokens a segment on average, the plain
+//! recurrence runs there, too. State sizes go up to 256.
+//!
+//! On the CPU the products bound the speed: about two thirds of the time at P = 64 and N = 128, close to the multiply-add peak.
 //! Decode steps are bound by reading and writing the state.
 
 mod cpu;
@@ -74,7 +78,7 @@ pub struct Ssd {
     pub headdim: usize,
     /// N.
     pub d_state: usize,
-    /// The grid, counted from a segment's start, on which cuts change no bit. Any number from 1 on; it costs nothing
+    /// The grid, counted from a segment's start, on which cuts change no bit on the CPU. Any number from 1 on; it costs nothing
     /// to choose it large.
     pub chunk: usize,
     /// Whether softplus is applied to dt + dt_bias.
