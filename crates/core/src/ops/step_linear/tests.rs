@@ -77,10 +77,10 @@ fn a_step_of_the_convolution() {
             sum / (1.0 + (-sum).exp())
         });
         let mut moved = state.clone();
-        for r in 0..t {
+        for (r, &slot) in continued.iter().enumerate() {
             for c in 0..channels {
                 for i in 1..width {
-                    moved.data[continued[r] as usize * state.cols + (i - 1) * channels + c] = window(r, c, i);
+                    moved.data[slot as usize * state.cols + (i - 1) * channels + c] = window(r, c, i);
                 }
             }
         }
