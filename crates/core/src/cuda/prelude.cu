@@ -149,13 +149,6 @@ DEVICE void let_next_start() {
 #endif
 }
 
-// Starts moving memory into the level-2 cache: `bytes` and the address are multiples of 16.
-DEVICE void prefetch_l2(const void* global, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 #endif  // FAKE_CUDA
 
 // --- elements ---------------------------------------------------------------------------------------------------------
@@ -293,14 +286,4 @@ DEVICE int segment_of(const int* offsets, int segments, i64 row) {
         if (offsets[middle] <= row) low = middle; else high = middle;
     }
     return segments > 0 && offsets[low] <= row && row < offsets[low + 1] ? low : -1;
-}
-
-// A grid starts moving memory that a later kernel reads into the level-2 cache, each block `part` bytes; both numbers are
-// multiples of 16.
-DEVICE void prefetch_part(const void* memory, int bytes, int part) {
-    if (threadIdx.x != 0) return;
-    int at = (blockIdx.y * gridDim.x + blockIdx.x) * part, end = at + part < bytes ? at + part : bytes;
-#pragma unroll 1
-    for (; at < end; at += 16384)
-        prefetch_l2(static_cast<const char*>(memory) + at, end - at < 16384 ? end - at : 16384);
 }

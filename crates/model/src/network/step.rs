@@ -13,8 +13,7 @@ use hognose_core::ops::scan_step::{self, ScanStep, scan_step};
 use hognose_core::ops::ssd_step::{self, Gate, SsdStep, ssd_step};
 use hognose_core::ops::step_embedding::step_embedding;
 use hognose_core::ops::step_linear::{
-    Conv, MOST_AHEAD, MOST_TOKENS, Residual, RowScale, StepLinear, Stream, step_linear, step_linear_conv,
-    step_linear_residual,
+    Conv, MOST_TOKENS, Residual, RowScale, StepLinear, Stream, step_linear, step_linear_conv, step_linear_residual,
 };
 use hognose_core::ops::swiglu::swiglu;
 use hognose_core::{DType, Error, TensorId};
@@ -39,14 +38,6 @@ pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
         && config.norm == NormKind::RmsNorm
         && eights(config.d_model)
         && config.layers.iter().all(fits)
-}
-
-/// An op of a layer's mixer.
-#[derive(Clone, Copy)]
-enum Place {
-    InProj,
-    XProj,
-    Step,
 }
 
 /// What a block reads: rows that are normalised, or lack a factor a row, and the residual stream.
@@ -139,30 +130,6 @@ impl Recorder<'_> {
         (self.tokens != self.segment_count).then(|| self.graph.external(SLOTS, DType::I32, 1, self.tokens))
     }
 
-    /// The weight of a later op that the ops of a layer start to move into the cache: with small matrices one about three
-    /// ops ahead; with large ones what the small ops between two large ones have time for.
-    fn ahead(&mut self, layer: usize, from: Place) -> Option<TensorId> {
-        let config = self.config;
-        let mamba1 = |i: usize| matches!(config.layers[i].mixer, Mixer::Mamba1(_));
-        let small = 4 * config.d_model * config.layers[layer].mixer.d_inner() <= MOST_AHEAD;
-        let next = layer + 1 < config.layers.len();
-        let name = |i: usize, part: &str| format!("backbone.layers.{i}.mixer.{part}.weight");
-        match from {
-            Place::InProj if small || !mamba1(layer) => Some(self.param(&name(layer, "out_proj"))),
-            Place::InProj => Some(self.param(&name(layer, "x_proj"))),
-            Place::XProj if !small => Some(self.param(&name(layer, "out_proj"))),
-            Place::Step if small && mamba1(layer) => {
-                if next && mamba1(layer + 1) {
-                    Some(self.param(&name(layer + 1, "x_proj")))
-                } else {
-                    None
-                }
-            }
-            Place::XProj | Place::Step if next => Some(self.param(&name(layer + 1, "in_proj"))),
-            Place::XProj | Place::Step => Some(self.output_matrix()),
-        }
-    }
-
     fn step_product(&mut self, input: Input, name: &str) -> StepLinear {
         let weight = self.param(&format!("{name}.weight"));
         let bias = self.optional_param(&format!("{name}.bias"));
@@ -202,8 +169,7 @@ impl Recorder<'_> {
         let weight = self.param(&format!("{name}.mixer.conv1d.weight"));
         let bias = self.optional_param(&format!("{name}.mixer.conv1d.bias"));
         let state = self.step_state(layer, "conv", width);
-        let ahead = self.ahead(layer, Place::InProj);
-        step_linear_conv(&mut self.graph, StepLinear { slots, ahead, ..product }, Conv { first, weight, bias, state })
+        step_linear_conv(&mut self.graph, StepLinear { slots, ..product }, Conv { first, weight, bias, state })
     }
 
     fn step_state(&mut self, layer: usize, part: &str, width: usize) -> TensorId {
@@ -223,11 +189,7 @@ impl Recorder<'_> {
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
         let (x, z) = (parts[0], parts[1]);
         let weight = self.param(&format!("{name}.mixer.x_proj.weight"));
-        let product = StepLinear {
-            dtype: DType::F32,
-            ahead: self.ahead(layer, Place::XProj),
-            ..StepLinear::new(x, weight, None)
-        };
+        let product = StepLinear { dtype: DType::F32, ..StepLinear::new(x, weight, None) };
         let dt_b_c = step_linear(&mut self.graph, product)?;
         let step = ScanStep {
             x,
@@ -240,7 +202,6 @@ impl Recorder<'_> {
             d: Some(self.param(&format!("{name}.mixer.D"))),
             state: self.step_state(layer, "ssm", widths.ssm),
             slots,
-            ahead: self.ahead(layer, Place::Step),
         };
         scan_step(&mut self.graph, step)
     }
@@ -281,7 +242,6 @@ impl Recorder<'_> {
             gate,
             state: self.step_state(layer, "ssm", widths.ssm),
             slots,
-            ahead: self.ahead(layer, Place::Step),
         };
         let (mut y, squares) = ssd_step(&mut self.graph, step)?;
         if let Some(squares) = squares {

@@ -458,7 +458,6 @@ EMULATED void mma_tf32(float* d, const float* a, const float* b) {
 
 EMULATED void wait_for_previous() {}
 EMULATED void let_next_start() {}
-EMULATED void prefetch_l2(const void*, unsigned) {}
 
 // --- what CUDA C++ has built in ---------------------------------------------------------------------------------------
 

@@ -15,8 +15,7 @@
 #define PITCH ((R + 2 * N + 3) / 4 * 4)
 
 KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> parts, Mat<T> dt_weight, Mat<float> dt_bias, Mat<float> a, Mat<float> skip,
-              Mat<float> state, const int* slots, Mat<T> y, i64 tokens, i64 channels, float eps, const void* ahead,
-              int ahead_bytes, int ahead_part) {
+              Mat<float> state, const int* slots, Mat<T> y, i64 tokens, i64 channels, float eps) {
     __shared__ __align__(16) float in[TOKENS][PITCH];
     __shared__ float dts[WARPS][TOKENS][WARP], ys[WARPS][TOKENS][WARP];
     let_next_start();
@@ -53,7 +52,6 @@ KERNEL __launch_bounds__(WARPS * WARP) scan_step(Mat<T> x, Mat<T> z, Mat<float> 
     }
     float bias = inside && dt_bias.present() ? dt_bias.data[d] : 0.0f;
     float through = inside && skip.present() ? skip.data[d] : 0.0f;
-    prefetch_part(ahead, ahead_bytes, ahead_part);
     wait_for_previous();
 
     float u[TOKENS], gate[TOKENS];

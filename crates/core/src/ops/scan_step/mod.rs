@@ -15,7 +15,6 @@ use crate::cuda::{Arg, Kernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
-use crate::ops::step_linear::ahead;
 
 const NAME: &str = "scan_step";
 
@@ -47,8 +46,6 @@ pub struct ScanStep {
     pub state: TensorId,
     /// The row of states that each token continues, i32 `[1, T]`; token t continues row t without it.
     pub slots: Option<TensorId>,
-    /// A weight that a later op reads, as in [`StepLinear`](super::step_linear::StepLinear).
-    pub ahead: Option<TensorId>,
 }
 
 /// Appends a step; returns y `[T, D]`.
@@ -89,13 +86,12 @@ pub fn scan_step(g: &mut Graph, s: ScanStep) -> Result<TensorId, Error> {
         s.d,
         Some(s.state),
         s.slots,
-        s.ahead,
     ];
     g.push(Step { norm_eps: s.norm_eps }, inputs, vec![Some(y), Some(next)]);
     Ok(y)
 }
 
-/// Inputs x, z, dt_b_c, dt_weight, dt_bias?, A, D?, states, slots?, ahead?; outputs y, states.
+/// Inputs x, z, dt_b_c, dt_weight, dt_bias?, A, D?, states, slots?; outputs y, states.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     norm_eps: Option<f32>,
@@ -140,8 +136,7 @@ impl Op for Step {
                 .args([x.into(), z.into(), parts.into(), dt_weight.into(), io.optional_input(4).into(), a.into()])
                 .args([io.optional_input(6).into(), state.into()])
                 .arg(Arg::Ptr(io.optional_input(8).map_or(0, |m| m.address())))
-                .args([io.output(0).into(), x.rows.into(), x.cols.into(), self.norm_eps.unwrap_or(0.0).into()])
-                .args(ahead(io.optional_input(9), blocks[0] * blocks[1])),
+                .args([io.output(0).into(), x.rows.into(), x.cols.into(), self.norm_eps.unwrap_or(0.0).into()]),
         )
     }
 }

@@ -78,7 +78,6 @@ fn agrees_with_the_scan() {
                     d: Some(case.input("d", &skip)),
                     state: case.input("state", &state),
                     slots: Some(case.input("slots", &Value::ints(&slots))),
-                    ahead: None,
                 };
                 let out = scan_step(&mut case.graph, step).unwrap();
                 case.output("y", out);
@@ -110,7 +109,6 @@ fn too_many_states_are_an_error() {
         d: None,
         state,
         slots: None,
-        ahead: None,
     };
     assert!(scan_step(&mut g, step).unwrap_err().to_string().contains("257 states"));
 }

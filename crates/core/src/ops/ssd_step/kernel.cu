@@ -15,8 +15,7 @@
 
 KERNEL __launch_bounds__(WARPS * WARP) ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Mat<T> dt, Mat<T> z, Mat<float> a, Mat<float> skip, Mat<float> dt_bias,
              Mat<float> weight, Mat<float> state, const int* slots, Mat<T> y, Mat<float> squares, int headdim,
-             int heads_per_group, int skip_each, float dt_min, float dt_max, const void* ahead,
-             int ahead_bytes, int ahead_part) {
+             int heads_per_group, int skip_each, float dt_min, float dt_max) {
     __shared__ float scratch[WARPS];
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -40,7 +39,6 @@ KERNEL __launch_bounds__(WARPS * WARP) ssd_step(Mat<T> x, Mat<T> b, Mat<T> c, Ma
 #if GATE >= 2
     float scale = mine ? weight.data[channel] : 0.0f;
 #endif
-    prefetch_part(ahead, ahead_bytes, ahead_part);
     wait_for_previous();
 
     float u = mine ? to_f32(x.row(token)[channel]) : 0.0f;

@@ -14,7 +14,6 @@ use crate::cuda::{Arg, Kernel, Launcher, Program};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
-use crate::ops::step_linear::ahead;
 
 const NAME: &str = "ssd_step";
 
@@ -67,8 +66,6 @@ pub struct SsdStep {
     pub state: TensorId,
     /// The row of states that each token continues, i32 `[1, T]`; token t continues row t without it.
     pub slots: Option<TensorId>,
-    /// A weight that a later op reads, as in [`StepLinear`](super::step_linear::StepLinear).
-    pub ahead: Option<TensorId>,
 }
 
 /// Appends a step; returns y `[T, H·P]` and, where a norm is begun, the parts of the sums of squares.
@@ -118,26 +115,14 @@ pub fn ssd_step(g: &mut Graph, s: SsdStep) -> Result<(TensorId, Option<TensorId>
     let y = g.new_tensor(dtype, tokens, channels);
     let squares = weight.map(|_| g.new_tensor(DType::F32, tokens, heads * p.div_ceil(ROWS)));
     let next = g.in_place(s.state)?;
-    let inputs = vec![
-        Some(s.x),
-        Some(s.dt),
-        Some(s.a),
-        Some(s.b),
-        Some(s.c),
-        s.d,
-        s.dt_bias,
-        z,
-        weight,
-        Some(s.state),
-        s.slots,
-        s.ahead,
-    ];
+    let inputs =
+        vec![Some(s.x), Some(s.dt), Some(s.a), Some(s.b), Some(s.c), s.d, s.dt_bias, z, weight, Some(s.state), s.slots];
     let op = Step { mode, headdim: p, d_state: n, groups, dt_limit: s.dt_limit };
     g.push(op, inputs, vec![Some(y), squares, Some(next)]);
     Ok((y, squares))
 }
 
-/// Inputs x, dt, A, B, C, D?, dt_bias?, z?, weight?, states, slots?, ahead?; outputs y, squares?, states.
+/// Inputs x, dt, A, B, C, D?, dt_bias?, z?, weight?, states, slots?; outputs y, squares?, states.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     mode: usize,
@@ -183,8 +168,7 @@ impl Op for Step {
                 .arg(Arg::Ptr(io.optional_input(10).map_or(0, |m| m.address())))
                 .args([io.output(0).into(), io.optional_output(1).into()])
                 .args([(self.headdim as i32).into(), ((heads / self.groups) as i32).into()])
-                .args([i32::from(skip_each).into(), self.dt_limit.0.into(), self.dt_limit.1.into()])
-                .args(ahead(io.optional_input(11), blocks * x.rows)),
+                .args([i32::from(skip_each).into(), self.dt_limit.0.into(), self.dt_limit.1.into()]),
         )
     }
 }

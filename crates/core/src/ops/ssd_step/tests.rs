@@ -84,7 +84,6 @@ fn agrees_with_the_recurrence() {
                     gate: [Gate::None, Gate::Silu(zt), Gate::SiluThenNorm(zt, wt), Gate::NormThenSilu(zt, wt)][mode],
                     state: case.input("state", &state),
                     slots: Some(case.input("slots", &Value::ints(&slots))),
-                    ahead: None,
                 };
                 let (out, parts) = ssd_step(&mut case.graph, step).unwrap();
                 case.output("y", out);

@@ -39,7 +39,7 @@
 KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float inverse_width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
-                int tokens, int rows, const void* ahead, int ahead_bytes, int ahead_part) {
+                int tokens, int rows) {
     DYNAMIC_SHARED(bytes);
     u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
@@ -50,7 +50,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int row0 = blockIdx.x * ROWS;
     int column = warp * 32 + lane % 4 * 8;
-    auto there = [&](int i) { return STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS; };
+    auto there = [&](int i) { return i < MINE && (STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS); };
     // Behind the last column tokens are taken as zero, so the weight may be any.
     auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
     const bf16* from[2];
@@ -98,7 +98,6 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
         int token = 8 * j + lane / 4;
         offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
     }
-    prefetch_part(ahead, ahead_bytes, ahead_part);
     wait_for_previous();
 
     u32x4 b[AHEAD][NT];
@@ -212,14 +211,15 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
         float s = 0.0f;
         if (inside) {
             s = before[e] + v;
-            stream.row(token)[row] = s;
+            // Behind the last layer nobody reads the stream itself.
+            if (stream.present()) stream.row(token)[row] = s;
             v = s * taps[e][0];
         }
         // The lanes of a token's rows are neighbours.
         float square = s * s;
 #pragma unroll
         for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
-        if (at % ROWS == 0 && token < tokens) squares_out.row(token)[blockIdx.x] = square;
+        if (at % ROWS == 0 && token < tokens && squares_out.present()) squares_out.row(token)[blockIdx.x] = square;
 #endif
         if (inside) set(out.row(token)[row], v);
     }

@@ -29,10 +29,6 @@ static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu"
 /// faster.
 pub const MOST_TOKENS: usize = 16;
 
-/// Bytes of a later op's weight that are moved into the cache: much less than the cache holds, and as much as comes
-/// from memory while small kernels run.
-pub const MOST_AHEAD: usize = 8 << 20;
-
 /// Rows of the weight of a block.
 const ROWS: usize = 16;
 /// Bytes of the ring of copies of a block, at most.
@@ -84,8 +80,6 @@ pub struct StepLinear {
     pub scale: Option<RowScale>,
     /// The row of states that each token continues, i32 `[1, T]`; token t continues row t without it.
     pub slots: Option<TensorId>,
-    /// A weight that a later op reads: its first [`MOST_AHEAD`] bytes start moving into the cache.
-    pub ahead: Option<TensorId>,
     /// Type of the result.
     pub dtype: DType,
 }
@@ -93,7 +87,7 @@ pub struct StepLinear {
 impl StepLinear {
     /// A mere product, in the type of x.
     pub fn new(x: TensorId, weight: TensorId, bias: Option<TensorId>) -> StepLinear {
-        StepLinear { x, weight, bias, scale: None, slots: None, ahead: None, dtype: DType::BF16 }
+        StepLinear { x, weight, bias, scale: None, slots: None, dtype: DType::BF16 }
     }
 }
 
@@ -177,19 +171,17 @@ fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Res
     if let Some(r) = residual {
         g.expect_f32(NAME, "the residual", r.residual, Some(tokens), Some(n))?;
         g.expect_f32(NAME, "the weight of the norm", r.norm_weight, Some(1), Some(n))?;
-        inputs.extend([Some(r.residual), Some(r.norm_weight), p.ahead]);
+        inputs.extend([Some(r.residual), Some(r.norm_weight)]);
         made.stream = g.new_tensor(DType::F32, tokens, n);
         made.squares = g.new_tensor(DType::F32, tokens, n.div_ceil(ROWS));
         outputs[2] = Some(made.stream);
         outputs[3] = Some(made.squares);
-    } else {
-        inputs.extend([None, None, p.ahead]);
     }
     g.push(op, inputs, outputs);
     Ok(made)
 }
 
-/// Inputs x, weight, bias?, squares?, slots?, convolution's weight?, bias? and windows?, residual?, norm weight?, ahead?; outputs
+/// Inputs x, weight, bias?, squares?, slots?, convolution's weight?, bias? and windows?, residual?, norm weight?; outputs
 /// out, windows?, stream?, squares?.
 #[derive(Clone, Copy, Debug)]
 struct Product {
@@ -249,17 +241,9 @@ impl Op for Product {
             .args([Arg::Ptr(slots), (first as i32).into(), (channels as i32).into()])
             .args([io.optional_input(8).into(), io.optional_input(9).into()])
             .args([io.optional_output(2).into(), io.optional_output(3).into(), (parts as i32).into()])
-            .args([(x.rows as i32).into(), (weight.rows as i32).into()])
-            .args(ahead(io.optional_input(10), shape.blocks));
+            .args([(x.rows as i32).into(), (weight.rows as i32).into()]);
         launcher.launch(kernel)
     }
-}
-
-/// The arguments of a kernel of so many blocks for a weight that a later one reads.
-pub(crate) fn ahead(weight: Option<Mat>, blocks: usize) -> [Arg; 3] {
-    let bytes = weight.map_or(0, |w| (w.rows * w.cols * w.dtype.size()).min(MOST_AHEAD)) / 16 * 16;
-    let part = bytes.div_ceil(blocks).next_multiple_of(16);
-    [Arg::Ptr(weight.map_or(0, |w| w.address())), (bytes as i32).into(), (part as i32).into()]
 }
 
 /// How a product is cut: by shapes alone.

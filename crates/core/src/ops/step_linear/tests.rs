@@ -107,15 +107,15 @@ fn a_step_of_the_convolution() {
 fn a_residual_and_the_first_half_of_a_norm() {
     for shape @ (t, k, n) in SHAPES {
         let (x, w) = (Value::random(t, k, 1).to_bf16(), Value::random(n, k, 2).to_bf16());
-        let (residual, weight) = (Value::random(t, n, 3), Value::random(1, n, 4));
+        let (r, weight) = (Value::random(t, n, 3), Value::random(1, n, 4));
         let v = product(&x, &w);
-        let stream = by_element(t, n, |r, c| v.at(r, c) + residual.at(r, c));
+        let stream = by_element(t, n, |row, c| v.at(row, c) + r.at(row, c));
         let weighted = by_element(t, n, |r, c| stream.at(r, c) * weight.at(0, c));
         let squares = by_element(t, 1, |r, _| (0..n).map(|c| stream.at(r, c).powi(2)).sum());
 
         let mut case = Case::new();
         let plain = StepLinear::new(case.input("x", &x), case.input("w", &w), None);
-        let residual = Residual { residual: case.input("r", &residual), norm_weight: case.input("weight", &weight) };
+        let residual = Residual { residual: case.input("r", &r), norm_weight: case.input("weight", &weight) };
         let out = step_linear_residual(&mut case.graph, plain, residual).unwrap();
         for (name, t) in [("stream", out.stream), ("weighted", out.weighted), ("squares", out.squares)] {
             case.output(name, t);
@@ -127,6 +127,14 @@ fn a_residual_and_the_first_half_of_a_norm() {
             let sums = by_element(t, 1, |r, _| (0..parts.cols).map(|p| parts.at(r, p)).sum());
             compare("the sum of squares", shape, &squares, &sums, F32_BOUND);
         });
+
+        // As behind the last layer, where nobody reads the stream itself.
+        let mut case = Case::new();
+        let plain = StepLinear::new(case.input("x", &x), case.input("w", &w), None);
+        let residual = Residual { residual: case.input("r", &r), norm_weight: case.input("weight", &weight) };
+        let out = step_linear_residual(&mut case.graph, plain, residual).unwrap();
+        case.output("weighted", out.weighted);
+        case.run_on_gpu(|out| compare("the weighted stream alone", shape, &weighted, &out["weighted"], BF16_BOUND));
     }
 }
 
