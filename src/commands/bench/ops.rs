@@ -19,7 +19,7 @@ use hognose_core::{Error, Graph, Plan, Slice, TensorId, rng};
 use hognose_model::config::{Mamba1Config, Mamba2Config, Mixer};
 use hognose_model::presets;
 
-use super::{show_profile, spread};
+use super::{Profile, profile_json, show_profile, spread};
 use crate::args::{BenchArgs, DTypeArg, Usage};
 use crate::terminal::si;
 
@@ -167,6 +167,7 @@ struct Report {
     seconds: (f64, f64, f64),
     flops: f64,
     bytes: f64,
+    profile: Profile,
 }
 
 fn measure(
@@ -201,9 +202,7 @@ fn measure(
     let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
     device.run(&plan, &arena, &bindings)?;
     device.synchronize()?;
-    if args.profile {
-        show_profile(&device.profile(&plan, &arena, &bindings)?);
-    }
+    let profile = if args.profile { device.profile(&plan, &arena, &bindings)? } else { Vec::new() };
     // Runs on a GPU are enqueued, several for one measurement, so that the time of enqueuing them is hidden.
     let runs = if matches!(device, Device::Cuda(_)) { 10 } else { 1 };
     let mut seconds = Vec::new();
@@ -218,7 +217,7 @@ fn measure(
         seconds.push(start.elapsed().as_secs_f64() / f64::from(runs));
     }
     let cost = plan.cost();
-    Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes })
+    Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes, profile })
 }
 
 /// `n` random numbers in [low, high), drawn by all cores.
@@ -254,10 +253,12 @@ fn show(
         let bound = if by_bytes > by_flops { "bandwidth" } else { "flops" };
         let share = by_flops.max(by_bytes) / median;
         let rate = sizes.tokens as f64 / median;
+        show_profile(&report.profile);
         if args.json {
             passes.push(serde_json::json!({
                 "pass": pass, "tokens_per_second": rate, "seconds": { "min": min, "median": median, "max": max },
                 "flops": report.flops, "bytes": report.bytes, "ceiling": { "bound": bound, "share": share },
+                "profile": profile_json(&report.profile),
             }));
         } else {
             writeln!(

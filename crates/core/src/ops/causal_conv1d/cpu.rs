@@ -11,7 +11,7 @@ use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
-use crate::ops::vectors::{load, store};
+use crate::ops::vectors::{each, load, store};
 
 /// Channels of a task, whole vectors at every level: 512 bytes of a row.
 const BLOCK: usize = 128;
@@ -188,6 +188,11 @@ impl Walk<'_> {
             let rows = self.filters.inputs.segments.rows(segment);
             if let Some(y) = self.y {
                 for t in 0..rows.len() {
+                    if W > 0 && t + 1 >= W {
+                        // SAFETY: as the caller says.
+                        unsafe { self.row::<S, W>(s, rows.start + t, y) };
+                        continue;
+                    }
                     for v in 0..vectors::<S>(self.filters.count) {
                         let (channel, lanes) = self.filters.vector::<S>(v);
                         // SAFETY: as the caller says.
@@ -203,6 +208,31 @@ impl Walk<'_> {
                 // SAFETY: as the caller says.
                 unsafe { self.keep(s, segment, rows.len(), states) };
             }
+        }
+    }
+
+    /// Row `row` of y, whose W inputs all lie in the segment.
+    ///
+    /// # Safety
+    /// As [`Walk::walk`].
+    #[inline(always)]
+    unsafe fn row<S: Simd, const W: usize>(&self, s: S, row: usize, y: Mat) {
+        let Filters { inputs, first, count, taps } = self.filters;
+        // SAFETY: as the caller says; the taps of a vector follow those of the one before.
+        unsafe {
+            let mut x = [std::ptr::null(); W];
+            for (k, x) in x.iter_mut().enumerate() {
+                *x = inputs.x.at::<f32>(row + 1 + k - W, first).cast_const();
+            }
+            let bias = inputs.bias.map(|m| m.at::<f32>(0, first).cast_const());
+            let (y, silu) = (y.at::<f32>(row, first), self.silu);
+            each(s, count, |i, lanes| {
+                let mut sum = bias.map_or(s.zero(), |bias| load(s, bias.add(i), lanes));
+                for (k, x) in x.iter().enumerate() {
+                    sum = s.fma(s.load(taps.add(i * W + k * S::LANES)), load(s, x.add(i), lanes), sum);
+                }
+                store(s, y.add(i), if silu { math::silu(s, sum) } else { sum }, lanes);
+            });
         }
     }
 
