@@ -12,12 +12,14 @@ use half::bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod twice;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use portable::Portable;
+pub use twice::Twice;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 

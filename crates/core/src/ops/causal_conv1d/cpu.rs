@@ -1,6 +1,6 @@
-//! The forward kernel: a task walks through the segments of a group with a block of channels.
+//! The forward kernel: a task computes some rows, whole ones, since rows follow each other in memory.
 //!
-//! A segment's final state is written after its outputs, by the same task, so it may replace the initial state.
+//! Final states are written after all outputs, so they may replace the initial ones.
 
 use std::ops::Range;
 
@@ -8,34 +8,40 @@ use super::{BIAS, Forward, INITIAL_STATE, SEGMENTS, WEIGHT, X};
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Twice};
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
+use crate::ops::tasks::{Scratch, Segments, run_with_slots, transpose_rows, vectors};
 use crate::ops::vectors::{each, load, store};
 
-/// Channels of a task, whole vectors at every level: 512 bytes of a row.
-const BLOCK: usize = 128;
+/// Rows of a task.
+const ROWS: usize = 64;
+/// Taps that are multiplied in one pass over a row.
+const TAPS: usize = 4;
+/// Elements of states that one task writes, about.
+const ELEMENTS_PER_TASK: usize = 16 * 1024;
 
-pub(super) fn workspace(forward: &Forward, cpu: &Cpu) -> usize {
-    Scratch::bytes(cpu.pool.threads(), forward.width * BLOCK)
+pub(super) fn workspace(forward: &Forward, channels: usize, cpu: &Cpu) -> usize {
+    Scratch::bytes(cpu.pool.threads(), (forward.width + 1) * channels)
 }
 
 pub(super) fn run(forward: &Forward, io: &Io<'_>, cpu: &Cpu) {
     let inputs = Inputs::new(forward.width, io);
-    let scratch = Scratch::new(io.workspace()).take(cpu.pool.threads(), forward.width * BLOCK);
-    let (y, final_state) = (io.optional_output(0), io.optional_output(1));
-    let blocks = ChannelBlocks::new(inputs.x.cols, 1, BLOCK);
-    let groups = SegmentGroups::new(inputs.segments.len(), blocks.count());
-    run_with_slots(&cpu.pool, groups.count() * blocks.count(), |slot, task| {
-        let (_, channels) = blocks.block(task % blocks.count());
-        // SAFETY: no other task uses the slot's row meanwhile.
-        let scratch = unsafe { scratch.row_mut::<f32>(slot) }.as_mut_ptr();
-        let filters = Filters { inputs: &inputs, first: channels.start, count: channels.len(), taps: scratch };
-        let segments = groups.segments(task / blocks.count());
-        cpu.isa.run(Walk { filters, segments, silu: forward.silu, y, final_state });
-    });
-    if let Some(y) = y {
+    let (rows, channels) = (inputs.x.rows, inputs.x.cols);
+    let scratch = Scratch::new(io.workspace()).take(cpu.pool.threads(), (forward.width + 1) * channels);
+    if let Some(y) = io.optional_output(0) {
+        run_with_slots(&cpu.pool, rows.div_ceil(ROWS), |slot, task| {
+            // SAFETY: no other task uses the slot's row meanwhile.
+            let taps = unsafe { scratch.row_mut::<f32>(slot) };
+            let rows = task * ROWS..((task + 1) * ROWS).min(rows);
+            cpu.isa.run(Rows { inputs: &inputs, silu: forward.silu, taps, y, rows });
+        });
         inputs.segments.clear_rest(y);
+    }
+    if let Some(states) = io.optional_output(1) {
+        let each = (ELEMENTS_PER_TASK / (forward.width * channels).max(1)).max(1);
+        cpu.pool.chunks(inputs.segments.len(), each, |segments| {
+            segments.for_each(|segment| cpu.isa.run(Keep { inputs: &inputs, segment, states }));
+        });
     }
 }
 
@@ -154,104 +160,114 @@ impl Filters<'_> {
     }
 }
 
-/// One task.
-struct Walk<'a> {
-    filters: Filters<'a>,
-    segments: Range<usize>,
+/// Some rows of y.
+struct Rows<'a> {
+    inputs: &'a Inputs<'a>,
     silu: bool,
-    y: Option<Mat>,
-    final_state: Option<Mat>,
+    /// Room for W values of each channel, and for zeros.
+    taps: &'a mut [f32],
+    y: Mat,
+    rows: Range<usize>,
 }
 
-impl Kernel for Walk<'_> {
+impl Kernel for Rows<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // SAFETY: the builder checked the shapes; this task alone has these channels of these segments.
-        unsafe {
-            self.filters.prepare(s);
-            match self.filters.inputs.width {
-                4 => self.walk::<S, 4>(s),
-                _ => self.walk::<S, 0>(s),
+        let (inputs, channels) = (self.inputs, self.inputs.x.cols);
+        let (taps, zeros) = self.taps.split_at_mut(inputs.width * channels);
+        zeros.fill(0.0);
+        for channel in 0..channels {
+            // SAFETY: the builder checked the shape of the weight.
+            let weight = unsafe { inputs.weight.row::<f32>(channel) };
+            weight.iter().enumerate().for_each(|(k, &tap)| taps[k * channels + channel] = tap);
+        }
+        for row in self.rows {
+            let Some(segment) = inputs.segments.of(row) else { continue };
+            let start = inputs.segments.rows(segment).start;
+            // SAFETY: inputs of the row lie in the segment, its initial state or the zeros; this task alone writes it.
+            unsafe {
+                let input = |k: usize| match (row + k + 1).checked_sub(start + inputs.width) {
+                    Some(t) => inputs.x.at::<f32>(start + t, 0).cast_const(),
+                    None => {
+                        let col = (row - start + k) * channels;
+                        inputs.initial.map_or(zeros.as_ptr(), |m| m.at::<f32>(segment, col).cast_const())
+                    }
+                };
+                let y = self.y.at::<f32>(row, 0);
+                let mut sums = inputs.bias.map(|m| m.at::<f32>(0, 0).cast_const());
+                for first in (0..inputs.width).step_by(TAPS) {
+                    let silu = self.silu && first + TAPS >= inputs.width;
+                    let pass = Pass { channels, taps: taps.as_ptr().add(first * channels), sums, silu, y };
+                    match inputs.width - first {
+                        1 => pass.run(s, [input(first)]),
+                        2 => pass.run(s, [0, 1].map(|k| input(first + k))),
+                        3 => pass.run(s, [0, 1, 2].map(|k| input(first + k))),
+                        _ => pass.run(s, [0, 1, 2, 3].map(|k| input(first + k))),
+                    }
+                    sums = Some(y.cast_const());
+                }
             }
         }
     }
 }
 
-impl Walk<'_> {
-    /// # Safety
-    /// This task alone has these channels of these segments; the filters are prepared.
-    #[inline(always)]
-    unsafe fn walk<S: Simd, const W: usize>(&self, s: S) {
-        for segment in self.segments.clone() {
-            let rows = self.filters.inputs.segments.rows(segment);
-            if let Some(y) = self.y {
-                for t in 0..rows.len() {
-                    if W > 0 && t + 1 >= W {
-                        // SAFETY: as the caller says.
-                        unsafe { self.row::<S, W>(s, rows.start + t, y) };
-                        continue;
-                    }
-                    for v in 0..vectors::<S>(self.filters.count) {
-                        let (channel, lanes) = self.filters.vector::<S>(v);
-                        // SAFETY: as the caller says.
-                        unsafe {
-                            let sum = self.filters.sum::<S, W>(s, segment, t, v);
-                            let value = if self.silu { math::silu(s, sum) } else { sum };
-                            store(s, y.at::<f32>(rows.start + t, channel), value, lanes);
-                        }
-                    }
-                }
-            }
-            if let Some(states) = self.final_state {
-                // SAFETY: as the caller says.
-                unsafe { self.keep(s, segment, rows.len(), states) };
-            }
-        }
-    }
+/// The part of a row's sums that a few taps contribute.
+struct Pass {
+    channels: usize,
+    /// The taps, each a row of all channels.
+    taps: *const f32,
+    /// What the sums start from, 0 if nothing.
+    sums: Option<*const f32>,
+    /// Whether the activation follows.
+    silu: bool,
+    y: *mut f32,
+}
 
-    /// Row `row` of y, whose W inputs all lie in the segment.
-    ///
+impl Pass {
     /// # Safety
-    /// As [`Walk::walk`].
+    /// Everything has a value for each channel, and nobody else uses y.
     #[inline(always)]
-    unsafe fn row<S: Simd, const W: usize>(&self, s: S, row: usize, y: Mat) {
-        let Filters { inputs, first, count, taps } = self.filters;
-        // SAFETY: as the caller says; the taps of a vector follow those of the one before.
-        unsafe {
-            let mut x = [std::ptr::null(); W];
-            for (k, x) in x.iter_mut().enumerate() {
-                *x = inputs.x.at::<f32>(row + 1 + k - W, first).cast_const();
-            }
-            let bias = inputs.bias.map(|m| m.at::<f32>(0, first).cast_const());
-            let (y, silu) = (y.at::<f32>(row, first), self.silu);
-            each(s, count, |i, lanes| {
-                let mut sum = bias.map_or(s.zero(), |bias| load(s, bias.add(i), lanes));
+    unsafe fn run<S: Simd, const K: usize>(self, s: S, x: [*const f32; K]) {
+        let s = Twice(s);
+        each(s, self.channels, |i, lanes| {
+            // SAFETY: as the caller says.
+            unsafe {
+                let mut sum = self.sums.map_or(s.zero(), |sums| load(s, sums.add(i), lanes));
                 for (k, x) in x.iter().enumerate() {
-                    sum = s.fma(s.load(taps.add(i * W + k * S::LANES)), load(s, x.add(i), lanes), sum);
+                    let tap = load(s, self.taps.add(k * self.channels + i), lanes);
+                    sum = s.fma(tap, load(s, x.add(i), lanes), sum);
                 }
-                store(s, y.add(i), if silu { math::silu(s, sum) } else { sum }, lanes);
-            });
-        }
-    }
-
-    /// Writes the final state. Over the initial one, too: oldest input first, each is read before it is replaced.
-    ///
-    /// # Safety
-    /// As [`Walk::walk`].
-    #[inline(always)]
-    unsafe fn keep<S: Simd>(&self, s: S, segment: usize, length: usize, states: Mat) {
-        let inputs = self.filters.inputs;
-        for j in 0..inputs.width - 1 {
-            for v in 0..vectors::<S>(self.filters.count) {
-                let (channel, lanes) = self.filters.vector::<S>(v);
-                // SAFETY: as the caller says.
-                unsafe {
-                    let value = inputs.at(s, segment, length + j, channel, lanes);
-                    store(s, states.at::<f32>(segment, j * inputs.x.cols + channel), value, lanes);
-                }
+                store(s, self.y.add(i), if self.silu { math::silu(s, sum) } else { sum }, lanes);
             }
+        });
+    }
+}
+
+/// Writes the final state of a segment. Over the initial one, too: oldest input first, each is read before it is
+/// replaced.
+struct Keep<'a> {
+    inputs: &'a Inputs<'a>,
+    segment: usize,
+    states: Mat,
+}
+
+impl Kernel for Keep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (inputs, channels) = (self.inputs, self.inputs.x.cols);
+        let length = inputs.segments.rows(self.segment).len();
+        for j in 0..inputs.width - 1 {
+            each(s, channels, |i, lanes| {
+                // SAFETY: the position lies in the segment or its initial state; this task alone has the final one.
+                unsafe {
+                    let value = inputs.at(s, self.segment, length + j, i, lanes);
+                    store(s, self.states.at::<f32>(self.segment, j * channels + i), value, lanes);
+                }
+            });
         }
     }
 }

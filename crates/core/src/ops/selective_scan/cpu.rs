@@ -12,7 +12,7 @@ use super::{A, B, C, D, DT, DT_BIAS, Discretisation, Forward, SEGMENTS, X, Z, ch
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
-use crate::cpu::simd::{MAX_LANES, Simd};
+use crate::cpu::simd::{MAX_LANES, Simd, Twice};
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::{
     ChannelBlocks, Scratch, SegmentGroups, Segments, prefetch_rows, run_with_slots, transpose_rows, vectors,
@@ -355,9 +355,7 @@ impl Walk<'_> {
     #[inline(always)]
     fn decays(&self) -> *mut f32 {
         // SAFETY: `scratch_len` has room for them at the end.
-        unsafe {
-            self.scratch.add((Coefficients::values_a_channel(self.scan.forward) + 3 * TILE + 1) * BLOCK)
-        }
+        unsafe { self.scratch.add((Coefficients::values_a_channel(self.scan.forward) + 3 * TILE + 1) * BLOCK) }
     }
 
     /// Computes Δ, the input and D·x of a vector's part of a tile.
@@ -373,15 +371,24 @@ impl Walk<'_> {
         unsafe {
             let skip = per_channel(s, inputs.d, channel, lanes, 0.0);
             let (mut largest, mut rest) = (s.zero(), s.zero());
-            for t in 0..steps {
-                let dt = biased_dt(s, inputs, first + t, channel, lanes);
-                let delta = if self.scan.forward.softplus { math::softplus(s, dt) } else { dt };
-                largest = s.max(s.abs(delta), largest);
-                rest = s.fma(delta, s.zero(), rest);
-                let x = load(s, inputs.x.at::<f32>(first + t, channel), lanes);
-                s.store(tile.delta.add(t * S::LANES), delta);
-                s.store(tile.input.add(t * S::LANES), if ZOH { x } else { s.mul(delta, x) });
-                s.store(tile.y.add(t * S::LANES), s.mul(skip, x));
+            for t in (0..steps).step_by(2) {
+                // Two steps at a time; at an odd end the last one twice.
+                let steps = [t, (t + 1).min(steps - 1)];
+                let mut delta = [
+                    biased_dt(s, inputs, first + steps[0], channel, lanes),
+                    biased_dt(s, inputs, first + steps[1], channel, lanes),
+                ];
+                if self.scan.forward.softplus {
+                    delta = math::softplus(Twice(s), delta);
+                }
+                for (t, delta) in steps.into_iter().zip(delta) {
+                    largest = s.max(s.abs(delta), largest);
+                    rest = s.fma(delta, s.zero(), rest);
+                    let x = load(s, inputs.x.at::<f32>(first + t, channel), lanes);
+                    s.store(tile.delta.add(t * S::LANES), delta);
+                    s.store(tile.input.add(t * S::LANES), if ZOH { x } else { s.mul(delta, x) });
+                    s.store(tile.y.add(t * S::LANES), s.mul(skip, x));
+                }
             }
             s.store(tile.largest, s.add(largest, rest));
         }
@@ -395,14 +402,22 @@ impl Walk<'_> {
     unsafe fn store_tile<S: Simd>(&self, s: S, v: usize, first: usize, steps: usize, y: Mat) {
         let (channel, lanes) = self.block.vector::<S>(v);
         let tile = self.tile::<S>(v);
-        for t in 0..steps {
+        for t in (0..steps).step_by(2) {
+            // Two steps at a time; at an odd end the last one twice.
+            let steps = [t, (t + 1).min(steps - 1)];
             // SAFETY: as the caller says.
             unsafe {
-                let mut value = s.load(tile.y.add(t * S::LANES));
+                let mut values = [s.load(tile.y.add(steps[0] * S::LANES)), s.load(tile.y.add(steps[1] * S::LANES))];
                 if let Some(z) = self.scan.inputs.z {
-                    value = s.mul(value, math::silu(s, load(s, z.at::<f32>(first + t, channel), lanes)));
+                    let z = [
+                        load(s, z.at::<f32>(first + steps[0], channel), lanes),
+                        load(s, z.at::<f32>(first + steps[1], channel), lanes),
+                    ];
+                    values = Twice(s).mul(values, math::silu(Twice(s), z));
                 }
-                store(s, y.at::<f32>(first + t, channel), value, lanes);
+                for (t, value) in steps.into_iter().zip(values) {
+                    store(s, y.at::<f32>(first + t, channel), value, lanes);
+                }
             }
         }
     }
@@ -500,13 +515,28 @@ pub(super) unsafe fn decay_steps<S: Simd>(
 ) {
     let near = s.lt(s.mul(largest, s.abs(a)), s.splat(NEAR));
     let all_near = s.reduce_max(s.select(near, s.zero(), s.splat(1.0))) == 0.0;
-    let (mut from, mut to, from_step, to_step) = (delta.0, to.0, delta.1 * S::LANES, to.1 * S::LANES);
-    for _ in 0..steps {
-        // SAFETY: as the caller says.
-        unsafe {
-            let delta = s.load(from);
-            s.store(to, if all_near { decay_near(s, delta, a) } else { decay(s, delta, a) });
+    let (from, to, from_step, to_step) = (delta.0, to.0, delta.1 * S::LANES, to.1 * S::LANES);
+    // No closures here: one that is not inlined loses its vector instructions.
+    let (four, a_four) = (Twice(Twice(s)), [[a; 2]; 2]);
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut t = 0;
+        if all_near {
+            while t + 4 <= steps {
+                let (from, to) = (from.add(t * from_step), to.add(t * to_step));
+                let low = [s.load(from), s.load(from.add(from_step))];
+                let high = [s.load(from.add(2 * from_step)), s.load(from.add(3 * from_step))];
+                let [low, high] = decay_near(four, [low, high], a_four);
+                s.store(to, low[0]);
+                s.store(to.add(to_step), low[1]);
+                s.store(to.add(2 * to_step), high[0]);
+                s.store(to.add(3 * to_step), high[1]);
+                t += 4;
+            }
         }
-        (from, to) = (from.wrapping_add(from_step), to.wrapping_add(to_step));
+        while t < steps {
+            s.store(to.add(t * to_step), decay(s, s.load(from.add(t * from_step)), a));
+            t += 1;
+        }
     }
 }
