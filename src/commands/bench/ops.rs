@@ -424,7 +424,7 @@ fn record_adamw(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     let v = i.f32(1, n, (1e-7, 1e-6));
     let hyper = i.f32(1, HYPER_LEN, (0.1, 0.2));
     let norm = i.f32(1, 1, (0.5, 1.0));
-    let decayed = Vec::from([0..n / 2]);
+    let decayed = std::iter::once(0..n / 2).collect();
     adamw(&mut i.graph, AdamW { params, grads, m, v, hyper, norm, decayed, rounded: None })?;
     // What it updates is in place already.
     Ok(norm)
