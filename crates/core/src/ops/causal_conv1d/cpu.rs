@@ -11,7 +11,7 @@ use crate::cpu::math;
 use crate::cpu::simd::{Simd, Twice};
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::{Scratch, Segments, run_with_slots};
-use crate::ops::vectors::{each, load, store};
+use crate::ops::vectors::{load, store};
 
 /// Rows of a task.
 const ROWS: usize = 64;
@@ -201,7 +201,10 @@ impl Pass {
     #[inline(always)]
     unsafe fn run<S: Simd, const K: usize>(self, s: S, x: [*const f32; K]) {
         let s = Twice(s);
-        each(s, self.count, |i, lanes| {
+        // A loop, not a closure: one of this size is not inlined, and loses its vector instructions.
+        let mut i = 0;
+        while i < self.count {
+            let lanes = (self.count - i).min(<Twice<S> as Simd>::LANES);
             // SAFETY: as the caller says.
             unsafe {
                 let mut sum = self.start.map_or(s.zero(), |start| load(s, start.add(i), lanes));
@@ -216,7 +219,8 @@ impl Pass {
                 };
                 store(s, self.to.add(i), value, lanes);
             }
-        });
+            i += lanes;
+        }
     }
 }
 
