@@ -145,12 +145,10 @@ impl Filters {
     pub unsafe fn input(&self, inputs: &Inputs<'_>, segment: usize, position: usize) -> *const f32 {
         // SAFETY: as the caller says; the row of zeros follows the taps.
         unsafe {
-            match (position + 1).checked_sub(inputs.width) {
-                Some(t) => inputs.x.at::<f32>(inputs.segments.rows(segment).start + t, self.first),
-                None => match inputs.initial {
-                    Some(initial) => initial.at::<f32>(segment, position * inputs.x.cols + self.first),
-                    None => return self.taps.add(inputs.width * self.count),
-                },
+            match ((position + 1).checked_sub(inputs.width), inputs.initial) {
+                (Some(t), _) => inputs.x.at::<f32>(inputs.segments.rows(segment).start + t, self.first).cast_const(),
+                (None, Some(initial)) => initial.at::<f32>(segment, position * inputs.x.cols + self.first).cast_const(),
+                (None, None) => self.taps.add(inputs.width * self.count),
             }
         }
     }
