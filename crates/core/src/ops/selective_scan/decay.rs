@@ -122,4 +122,35 @@ mod tests {
             assert_eq!(isa.run(Eval(-1e30)), (0.0, 0.0, -1.0));
         }
     }
+
+    #[test]
+    fn near_decays_have_the_same_bits_both_ways() {
+        struct Both(f32, f32);
+        impl Kernel for Both {
+            type Output = (u32, u32);
+
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) -> (u32, u32) {
+                let (delta, a) = (s.splat(self.0), s.splat(self.1));
+                (s.reduce_max(decay_near(s, delta, a)).to_bits(), s.reduce_max(decay(s, delta, a)).to_bits())
+            }
+        }
+        for isa in Isa::available() {
+            for i in 0..4000 {
+                let (delta, a) = (0.031 * i as f32, -1.003 + 0.0007 * i as f32);
+                if (delta * a).abs() < NEAR {
+                    let (near, any) = isa.run(Both(delta, a));
+                    assert_eq!(near, any, "{isa}: {delta} · {a}");
+                    let exact = (f64::from(delta) * f64::from(a)).exp2();
+                    let error = (f64::from(f32::from_bits(near)) - exact).abs();
+                    // On the portable level the product is rounded first.
+                    let rounding = if isa == Isa::Portable { (delta * a).abs() } else { 0.0 };
+                    let bound = (1.5 + f64::from(rounding)) * f64::from(f32::EPSILON);
+                    assert!(error <= bound * exact, "{isa}: {delta} · {a}");
+                }
+            }
+            assert!(f32::from_bits(isa.run(Both(f32::NAN, -1.0)).1).is_nan(), "{isa}");
+            assert_eq!(isa.run(Both(1e30, -1.0)).1, 0, "{isa}");
+        }
+    }
 }
