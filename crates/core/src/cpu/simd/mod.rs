@@ -12,17 +12,22 @@ use half::bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod twice;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use portable::Portable;
+pub use twice::Twice;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
 /// The largest [`Simd::LANES`] of any level, for buffers on the stack.
 pub const MAX_LANES: usize = 16;
+
+/// 1.5 · 2²³: x + ROUNDING is ROUNDING + n with the integer n nearest to x, for |x| < 2²².
+pub const ROUNDING: f32 = 12_582_912.0;
 
 /// Vectors of f32 at one level of instructions.
 pub trait Simd: Copy + Send + Sync + 'static {
@@ -148,6 +153,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// v · 2ⁿ for integral `n` of any size and 2⁻¹⁰⁰ ≤ |v| ≤ 2¹⁰⁰ (or v = 0): rounded once where the result is
     /// denormal, infinite where it overflows, 0 where it underflows.
     fn scale2(self, v: Self::V, n: Self::V) -> Self::V;
+
+    /// v · 2ⁿ for `rounded` = [`ROUNDING`] + n, where v and the result are normal and |n| < 250: two instructions.
+    fn scale2_normal(self, v: Self::V, rounded: Self::V) -> Self::V;
 
     /// Cuts a positive normal number into mantissa and exponent: v = m · 2ᵉ with √½ ≤ m < √2 and e integral.
     /// Meaningless for other numbers.

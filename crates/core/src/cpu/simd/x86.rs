@@ -138,6 +138,11 @@ impl Simd for Avx512 {
             _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
         }
         fn scale2(self, v: __m512, n: __m512) -> __m512 { _mm512_scalef_ps(v, n) }
+        fn scale2_normal(self, v: __m512, rounded: __m512) -> __m512 {{
+            // The exponent grows by the lowest bits of `rounded`; those above them are zero.
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(rounded));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponent))
+        }}
         fn split_exponent(self, v: __m512) -> (__m512, __m512) {{
             let offset = _mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(SQRT_HALF));
             let exponent = _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(offset));
@@ -225,6 +230,11 @@ impl Simd for Avx2 {
             let half = _mm256_srai_epi32::<1>(n);
             let v = _mm256_mul_ps(v, power_256(half));
             _mm256_mul_ps(v, power_256(_mm256_sub_epi32(n, half)))
+        }}
+        fn scale2_normal(self, v: __m256, rounded: __m256) -> __m256 {{
+            // The exponent grows by the lowest bits of `rounded`; those above them are zero.
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponent))
         }}
         fn split_exponent(self, v: __m256) -> (__m256, __m256) {{
             let offset = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(SQRT_HALF));
