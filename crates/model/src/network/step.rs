@@ -23,6 +23,12 @@ use crate::config::{LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig,
 use crate::state::LayerState;
 use crate::weights::Form;
 
+/// Sequences for which fused products are always faster than the library's.
+const FEW: usize = 16;
+/// With more sequences, activations of a product up to which that holds: every block of a product reads all of them
+/// from the L2 cache. Measured on an H100: 64 · 1536 is 1.4 times as fast as the library's, 64 · 4096 0.8 times.
+const MOST_READ: usize = 64 * 1536;
+
 /// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16, for RMSNorm and for widths in eights.
 pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
     let eights = |n: usize| n.is_multiple_of(8);
@@ -35,6 +41,7 @@ pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
     };
     form == Form::Inference(DType::BF16, Layout::Rows)
         && (1..=MOST_TOKENS).contains(&tokens)
+        && (tokens <= FEW || config.layers.iter().all(|layer| tokens * layer.mixer.d_inner() <= MOST_READ))
         && config.norm == NormKind::RmsNorm
         && eights(config.d_model)
         && config.layers.iter().all(fits)
