@@ -24,6 +24,8 @@ pub enum Command {
     Forward(ForwardArgs),
     /// Say what a checkpoint or state file is.
     Inspect(InspectArgs),
+    /// How well a model does.
+    Eval(EvalArgs),
     /// Convert a checkpoint between formats, without loss.
     Convert(ConvertArgs),
     /// Measure speed and the share of the machine's ceiling that it is.
@@ -244,6 +246,42 @@ pub struct ForwardArgs {
     /// Gradients of the loss, too, under the checkpoint's own names.
     #[arg(long)]
     pub grads: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    pub command: EvalCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Predict every token of texts from everything before it in its document.
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: String,
+    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz, .zst or .xz.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    pub data: Vec<String>,
+    /// Field of the text in .jsonl files.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub field: String,
+    /// A tokenizer.json, where the model's folder has none.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Only the first N bytes of the texts.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub max_bytes: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub compute: Compute,
 }
