@@ -24,6 +24,9 @@ fn perplexity(args: PerplexityArgs) -> anyhow::Result<()> {
     let mut documents = sources::read(&paths, &args.field)?;
     if let Some(limit) = args.max_bytes {
         cut(&mut documents, limit);
+        if documents.is_empty() {
+            return Err(Usage(format!("--max-bytes is {limit}, but the first character of the texts is longer")).into());
+        }
     }
     let loaded = super::load(&args.model, args.tokenizer.as_deref(), &args.compute)?;
     eprintln!("{}: {}", args.model, super::describe(&loaded));
