@@ -1,4 +1,4 @@
-//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16.
+//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16, or decoded from blocks.
 //!
 //! A and B are views with any strides, so x · Wᵀ, dy · W and dyᵀ · x are one function; weights that are used often
 //! are packed once ([`PackedMatrix`]). The scheme is that of BLIS (Van Zee and van de Geijn, 2015): panels of A and B
@@ -13,6 +13,7 @@
 //! # Error
 //! |computed − exact| ≤ (k + 1) · 2⁻²⁴ · (|start| + Σ |a| |b|) to first order; twice that for `Isa::Portable`.
 
+mod blocks;
 mod drive;
 mod kernel;
 mod matrix;
@@ -26,6 +27,7 @@ use super::isa::Isa;
 use super::pool::Pool;
 use drive::{Right, drive, rows_of_tile};
 
+pub use blocks::{BlockMatrix, blocks_len, encode_blocks};
 pub use kernel::Weight;
 pub use matrix::{MatMut, MatRef};
 pub use packed::{Data, PackedBuffer, PackedMatrix, pack_into, packed_len};
@@ -37,6 +39,8 @@ pub enum Rhs<'a> {
     Strided(MatRef<'a>),
     /// A matrix packed for the level of instructions in use.
     Packed(PackedMatrix<'a>),
+    /// Rows of Bᵀ in blocks of few bits a number.
+    Blocks(BlockMatrix<'a>),
 }
 
 impl Rhs<'_> {
@@ -44,6 +48,7 @@ impl Rhs<'_> {
         match self {
             Rhs::Strided(b) => (b.rows(), b.cols()),
             Rhs::Packed(b) => (b.k(), b.n()),
+            Rhs::Blocks(b) => (b.k(), b.n()),
         }
     }
 }
@@ -109,6 +114,7 @@ fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: Ma
     let rows = rows_of_tile(isa);
     match b {
         Rhs::Strided(b) => drive::<f32>(pool, isa, c, start, a, Right::Strided(b), rows),
+        Rhs::Blocks(b) => drive::<f32>(pool, isa, c, start, a, Right::Blocks(b), rows),
         Rhs::Packed(b) => {
             assert_eq!(b.lanes(), isa.lanes(), "B was packed for another level of instructions");
             match b.data() {
