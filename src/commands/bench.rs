@@ -87,7 +87,12 @@ struct Found {
     /// Operations and bytes of one measurement that cannot be avoided.
     flops: f64,
     bytes: f64,
+    /// Seconds of each op of one run, if asked for.
+    profile: Profile,
 }
+
+/// Names of ops in their order, and the seconds that each took by itself.
+type Profile = Vec<(&'static str, f64)>;
 
 fn prefill(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let mut session = Session::new(model, args.batch)?;
@@ -111,10 +116,18 @@ fn prefill(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
+    let mut profile = Vec::new();
+    if args.profile {
+        let part = step.min(args.length);
+        let pack = Pack::from_lengths(std::iter::repeat_n(part, args.batch))?;
+        let ids = random_ids(part * args.batch, &model.config, 0);
+        let rows: Vec<usize> = (1..=args.batch).map(|b| b * part - 1).collect();
+        profile = session.profile(&ids, &pack, &rows)?;
+    }
     let tokens = args.batch * args.length;
     let peak_bytes = model.weights.bytes() + session.bytes();
     let flops = session.flops_per_token() * tokens as f64;
-    Ok(Found { seconds, tokens, peak_bytes, flops, bytes: 0.0 })
+    Ok(Found { seconds, tokens, peak_bytes, flops, bytes: 0.0, profile })
 }
 
 fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
@@ -138,16 +151,17 @@ fn decode(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             seconds.push(elapsed);
         }
     }
-    if args.profile {
-        show_profile(&session.profile(&random_ids(args.batch, &model.config, 1), &one, &rows)?);
-    }
+    let profile = match args.profile {
+        true => session.profile(&random_ids(args.batch, &model.config, 1), &one, &rows)?,
+        false => Vec::new(),
+    };
     let tokens = args.batch * args.length;
     let peak_bytes = model.weights.bytes() + session.bytes();
     // Each step reads the weights once, and reads and writes every state.
     let read = model.weights.bytes() - untouched_bytes(model) + 2 * session.state_bytes();
     let bytes = (read * args.length) as f64;
     let flops = session.flops_per_token() * tokens as f64;
-    Ok(Found { seconds, tokens, peak_bytes, flops, bytes })
+    Ok(Found { seconds, tokens, peak_bytes, flops, bytes, profile })
 }
 
 /// Seconds of `length` steps as a GPU takes them when it generates: it chooses each token itself.
@@ -178,22 +192,35 @@ fn decode_on_host(session: &mut Session<'_>, mut ids: Vec<u32>, length: usize) -
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Prints what each kind of op takes, largest first.
-fn show_profile(ops: &[(&'static str, f64)]) {
+/// What each kind of op takes, largest first: name, number of ops, seconds together.
+fn sums_by_op(profile: &Profile) -> Vec<(&'static str, usize, f64)> {
     let mut sums: Vec<(&str, usize, f64)> = Vec::new();
-    for &(name, seconds) in ops {
+    for &(name, seconds) in profile {
         match sums.iter_mut().find(|s| s.0 == name) {
             Some(sum) => (sum.1, sum.2) = (sum.1 + 1, sum.2 + seconds),
             None => sums.push((name, 1, seconds)),
         }
     }
     sums.sort_by(|a, b| b.2.total_cmp(&a.2));
-    let total: f64 = sums.iter().map(|s| s.2).sum();
-    eprintln!("  each op by itself, {:.3} ms together:", 1e3 * total);
-    for (name, count, seconds) in sums {
+    sums
+}
+
+/// Prints what each kind of op takes; nothing, if there is no profile.
+fn show_profile(profile: &Profile) {
+    let total: f64 = profile.iter().map(|op| op.1).sum();
+    if !profile.is_empty() {
+        eprintln!("  each op by itself, {:.3} ms together:", 1e3 * total);
+    }
+    for (name, count, seconds) in sums_by_op(profile) {
         let (each, share) = (1e6 * seconds / count as f64, 100.0 * seconds / total);
         eprintln!("  {name:28} {count:5} x {each:9.1} µs = {:9.3} ms {share:5.1}%", 1e3 * seconds);
     }
+}
+
+/// A profile for the JSON of a measurement.
+fn profile_json(profile: &Profile) -> Vec<serde_json::Value> {
+    let object = |(op, count, seconds)| serde_json::json!({ "op": op, "count": count, "seconds": seconds });
+    sums_by_op(profile).into_iter().map(object).collect()
 }
 
 /// Bytes of an untied embedding, of which a step reads a row a sequence only.
@@ -258,6 +285,7 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
+    let mut profile = Vec::new();
     if args.profile {
         let ids = random_ids(tokens, config, 0);
         let targets: Vec<i32> = ids.iter().map(|&i| i as i32).collect();
@@ -269,10 +297,12 @@ fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
             states: None,
             dropout_seed: [0; 3],
         };
-        show_profile(&plan.profile(device, &arena, weights, Some(&gradients), &inputs)?);
+        profile = plan.profile(device, &arena, weights, Some(&gradients), &inputs)?;
+        let hyper = Hyper { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_norm: 1.0 };
+        profile.extend(update.profile(device, &arena, weights, [&gradients, &m, &v], &hyper, 1)?);
     }
     let peak_bytes = persistent + arena.bytes();
-    Ok(Found { seconds, tokens, peak_bytes, flops: plan.cost().flops, bytes: 0.0 })
+    Ok(Found { seconds, tokens, peak_bytes, flops: plan.cost().flops, bytes: 0.0, profile })
 }
 
 fn report(
@@ -291,13 +321,17 @@ fn report(
     let (bound, share) =
         if by_bytes > by_flops { ("bandwidth", by_bytes / median) } else { ("flops", by_flops / median) };
     let mode = format!("{:?}", args.mode).to_lowercase();
+    show_profile(&found.profile);
     if args.json {
-        let object = serde_json::json!({
+        let mut object = serde_json::json!({
             "model": name, "mode": mode, "device": model.device.describe(), "dtype": dtype.to_string(),
             "batch": args.batch, "length": args.length, "tokens_per_second": rate,
             "seconds": { "min": min, "median": median, "max": max }, "peak_bytes": found.peak_bytes,
             "ceiling": { "bound": bound, "share": share, "flops": ceiling.flops, "bandwidth": ceiling.bandwidth },
         });
+        if args.profile {
+            object["profile"] = profile_json(&found.profile).into();
+        }
         writeln!(std::io::stdout(), "{object}")?;
         return Ok(());
     }

@@ -349,7 +349,10 @@ impl Device {
     pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
         match (layout, self) {
             _ if dtype.blocks().is_some() => gemm::blocks_len(dtype, cols, rows),
-            (MatrixLayout::Panels, Device::Cpu(cpu)) => gemm::packed_len(cpu.isa, cols, rows) * dtype.size(),
+            (MatrixLayout::Panels, Device::Cpu(cpu)) if dtype == DType::BF16 => {
+                2 * gemm::packed_len::<bf16>(cpu.isa, cols, rows)
+            }
+            (MatrixLayout::Panels, Device::Cpu(cpu)) => dtype.size() * gemm::packed_len::<f32>(cpu.isa, cols, rows),
             _ => rows * cols * dtype.size(),
         }
     }

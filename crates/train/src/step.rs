@@ -409,6 +409,23 @@ impl UpdatePlan {
         Ok(self.io.to_vec::<f32>(UPDATE_AT[1], 1)[0])
     }
 
+    /// Seconds that each op takes by itself, with the op's name. Parameters and moments go on.
+    ///
+    /// # Errors
+    /// As [`UpdatePlan::enqueue`].
+    pub fn profile(
+        &self,
+        device: &Device,
+        arena: &Buffer,
+        weights: &Weights,
+        buffers: [&Buffer; 3],
+        hyper: &Hyper,
+        step: u64,
+    ) -> Result<Vec<(&'static str, f64)>, Error> {
+        self.io.write(UPDATE_AT[0], &hyper.row(step));
+        Ok(device.profile(&self.plan, arena, &self.bindings(weights, buffers))?)
+    }
+
     /// Does what a run with this memory needs memory for itself (see [`Device::prepare`]).
     ///
     /// # Errors

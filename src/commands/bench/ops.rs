@@ -6,8 +6,10 @@ use std::time::Instant;
 use hognose::{DType, Device, ModelConfig};
 use hognose_core::cpu::ceiling::Ceiling;
 use hognose_core::graph::Recompute;
+use hognose_core::ops::adamw::{AdamW, HYPER_LEN, adamw, global_norm};
 use hognose_core::ops::causal_conv1d::{CausalConv1d, causal_conv1d};
 use hognose_core::ops::cross_entropy::{CrossEntropy, cross_entropy};
+use hognose_core::ops::elementwise::{add, silu};
 use hognose_core::ops::embedding::embedding;
 use hognose_core::ops::gated_rms_norm::gated_rms_norm;
 use hognose_core::ops::linear::linear;
@@ -19,7 +21,7 @@ use hognose_core::{Error, Graph, Plan, Slice, TensorId, rng};
 use hognose_model::config::{Mamba1Config, Mamba2Config, Mixer};
 use hognose_model::presets;
 
-use super::{show_profile, spread};
+use super::{Profile, profile_json, show_profile, spread};
 use crate::args::{BenchArgs, DTypeArg, Usage};
 use crate::terminal::si;
 
@@ -27,21 +29,33 @@ use crate::terminal::si;
 struct Bench {
     name: &'static str,
     preset: &'static str,
-    record: fn(&mut Inputs, &Sizes) -> Result<TensorId, Error>,
+    /// Whether its gradient is measured, too.
+    differentiable: bool,
+    record: Record,
 }
 
-const BENCHES: [Bench; 10] = [
-    Bench { name: "linear", preset: "mamba-130m", record: record_linear },
-    Bench { name: "selective_scan", preset: "mamba-130m", record: record_selective_scan },
-    Bench { name: "ssd", preset: "mamba2-130m", record: record_ssd },
-    Bench { name: "causal_conv1d", preset: "mamba-130m", record: record_causal_conv1d },
-    Bench { name: "rms_norm", preset: "mamba-130m", record: record_rms_norm },
-    Bench { name: "layer_norm", preset: "mamba-130m", record: record_layer_norm },
-    Bench { name: "gated_rms_norm", preset: "mamba2-130m", record: record_gated_rms_norm },
-    Bench { name: "swiglu", preset: "mamba-130m", record: record_swiglu },
-    Bench { name: "embedding", preset: "mamba-130m", record: record_embedding },
-    Bench { name: "cross_entropy", preset: "mamba-130m", record: record_cross_entropy },
+const BENCHES: [Bench; 14] = [
+    bench("linear", "mamba-130m", record_linear),
+    bench("selective_scan", "mamba-130m", record_selective_scan),
+    bench("ssd", "mamba2-130m", record_ssd),
+    bench("causal_conv1d", "mamba-130m", record_causal_conv1d),
+    bench("rms_norm", "mamba-130m", record_rms_norm),
+    bench("layer_norm", "mamba-130m", record_layer_norm),
+    bench("gated_rms_norm", "mamba2-130m", record_gated_rms_norm),
+    bench("swiglu", "mamba-130m", record_swiglu),
+    bench("embedding", "mamba-130m", record_embedding),
+    bench("cross_entropy", "mamba-130m", record_cross_entropy),
+    bench("silu", "mamba-130m", record_silu),
+    bench("add", "mamba-130m", record_add),
+    Bench { differentiable: false, ..bench("global_norm", "mamba-130m", record_global_norm) },
+    Bench { differentiable: false, ..bench("adamw", "mamba-130m", record_adamw) },
 ];
+
+const fn bench(name: &'static str, preset: &'static str, record: Record) -> Bench {
+    Bench { name, preset, differentiable: true, record }
+}
+
+type Record = fn(&mut Inputs, &Sizes) -> Result<TensorId, Error>;
 
 /// Sizes that the benches take from a model and the arguments.
 struct Sizes {
@@ -136,7 +150,7 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
     }
     let ceiling = device.measure_ceiling();
     let mut reports = Vec::new();
-    for gradient in [false, true] {
+    for &gradient in &[false, true][..1 + usize::from(bench.differentiable)] {
         let mut inputs = Inputs::new(dtype);
         let out = (bench.record)(&mut inputs, &sizes)?;
         if gradient {
@@ -167,6 +181,7 @@ struct Report {
     seconds: (f64, f64, f64),
     flops: f64,
     bytes: f64,
+    profile: Profile,
 }
 
 fn measure(
@@ -201,9 +216,7 @@ fn measure(
     let bindings: Vec<Slice<'_>> = buffers.iter().map(|b| b.slice()).collect();
     device.run(&plan, &arena, &bindings)?;
     device.synchronize()?;
-    if args.profile {
-        show_profile(&device.profile(&plan, &arena, &bindings)?);
-    }
+    let profile = if args.profile { device.profile(&plan, &arena, &bindings)? } else { Vec::new() };
     // Runs on a GPU are enqueued, several for one measurement, so that the time of enqueuing them is hidden.
     let runs = if matches!(device, Device::Cuda(_)) { 10 } else { 1 };
     let mut seconds = Vec::new();
@@ -218,7 +231,7 @@ fn measure(
         seconds.push(start.elapsed().as_secs_f64() / f64::from(runs));
     }
     let cost = plan.cost();
-    Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes })
+    Ok(Report { seconds: spread(&seconds), flops: cost.flops, bytes: cost.bytes, profile })
 }
 
 /// `n` random numbers in [low, high), drawn by all cores.
@@ -254,10 +267,12 @@ fn show(
         let bound = if by_bytes > by_flops { "bandwidth" } else { "flops" };
         let share = by_flops.max(by_bytes) / median;
         let rate = sizes.tokens as f64 / median;
+        show_profile(&report.profile);
         if args.json {
             passes.push(serde_json::json!({
                 "pass": pass, "tokens_per_second": rate, "seconds": { "min": min, "median": median, "max": max },
                 "flops": report.flops, "bytes": report.bytes, "ceiling": { "bound": bound, "share": share },
+                "profile": profile_json(&report.profile),
             }));
         } else {
             writeln!(
@@ -383,4 +398,34 @@ fn record_cross_entropy(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
     i.differentiable.pop();
     let inputs = CrossEntropy { h, weight, targets, scale, with_gradient: true };
     Ok(cross_entropy(&mut i.graph, inputs)?.loss)
+}
+
+fn record_silu(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
+    let x = i.normal(s.tokens, s.d_inner());
+    silu(&mut i.graph, x)
+}
+
+fn record_add(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
+    let (a, b) = (i.normal(s.tokens, s.d_inner()), i.normal(s.tokens, s.d_inner()));
+    add(&mut i.graph, a, b)
+}
+
+fn record_global_norm(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
+    let grads = i.f32(1, s.model.parameter_count() as usize, (-1e-3, 1e-3));
+    global_norm(&mut i.graph, grads)
+}
+
+/// The update of all parameters of the model, whatever the number of tokens.
+fn record_adamw(i: &mut Inputs, s: &Sizes) -> Result<TensorId, Error> {
+    let n = s.model.parameter_count() as usize;
+    let params = i.f32(1, n, (-0.02, 0.02));
+    let grads = i.f32(1, n, (-1e-3, 1e-3));
+    let m = i.f32(1, n, (-1e-3, 1e-3));
+    let v = i.f32(1, n, (1e-7, 1e-6));
+    let hyper = i.f32(1, HYPER_LEN, (0.1, 0.2));
+    let norm = i.f32(1, 1, (0.5, 1.0));
+    let decayed = std::iter::once(0..n / 2).collect();
+    adamw(&mut i.graph, AdamW { params, grads, m, v, hyper, norm, decayed, rounded: None })?;
+    // What it updates is in place already.
+    Ok(norm)
 }

@@ -16,7 +16,8 @@ use crate::error::Error;
 /// Put in front of every kernel.
 pub(super) const PRELUDE: &str = include_str!("prelude.cu");
 
-const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
+/// Lambdas with `auto` parameters count as host functions for NVRTC 13.0 unless all functions are the device's.
+const OPTIONS: [&str; 3] = ["--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v"];
 
 /// The CUDA C++ of an op. Its kernels vary by macros that a launch defines.
 #[derive(Debug)]

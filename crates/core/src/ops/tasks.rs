@@ -96,6 +96,13 @@ impl<'a> Segments<'a> {
         self.offsets[s] as usize..self.offsets[s + 1] as usize
     }
 
+    /// The segment that row `row` belongs to.
+    pub fn of(&self, row: usize) -> Option<usize> {
+        // The first offset past the row is its segment's end: empty segments end before.
+        let end = self.offsets.partition_point(|&o| o as usize <= row);
+        (1..=self.len()).contains(&end).then(|| end - 1)
+    }
+
     /// Sets the rows of `out` that belong to no segment to zero.
     pub fn clear_rest(&self, out: Mat) {
         let (first, last) = (self.offsets[0] as usize, self.offsets[self.len()] as usize);

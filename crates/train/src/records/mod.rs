@@ -29,9 +29,9 @@ pub enum RecordError {
     /// There are no metrics to draw.
     #[error("there is nothing to draw: expected at least one step with a finite loss")]
     NothingToDraw,
-    /// The picture cannot be drawn or encoded.
-    #[error("cannot draw {path}: {reason}")]
-    Draw { path: PathBuf, reason: String },
+    /// The picture cannot be drawn or written.
+    #[error(transparent)]
+    Picture(#[from] hognose_plot::Error),
 }
 
 impl RecordError {

@@ -1,38 +1,18 @@
 //! The picture of the loss curves.
 
-use std::fmt::Display;
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
+use hognose_plot::{BLUE, FONT, GREEN, GRID, INK, PURPLE, Picture, VERMILION};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::FontStyle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontStyle, register_font};
 
 use super::{Metrics, RecordError};
-use crate::atomic;
-
-// Subsets of DejaVu Sans, so that a machine without fonts has text too; see assets/README.md.
-static REGULAR: &[u8] = include_bytes!("../../assets/DejaVuSans-subset.ttf");
-static BOLD: &[u8] = include_bytes!("../../assets/DejaVuSans-Bold-subset.ttf");
-
-/// The name under which the fonts are registered, and what an SVG asks its viewer for.
-const FONT: &str = "sans-serif";
-
-/// Width and height in pixels: 16 to 10, sharp enough for a slide.
-const SIZE: (u32, u32) = (1600, 1000);
 
 /// More points than this are drawn as means of neighbours; there are no more pixels.
 const POINTS: usize = 3000;
-
-// The palette of Okabe and Ito, which people with any colour vision can tell apart.
-const BLUE: RGBColor = RGBColor(0, 114, 178);
-const VERMILION: RGBColor = RGBColor(213, 94, 0);
-const GREEN: RGBColor = RGBColor(0, 158, 115);
-const PURPLE: RGBColor = RGBColor(160, 80, 140);
-const INK: RGBColor = RGBColor(45, 50, 55);
-const GRID: RGBColor = RGBColor(228, 231, 234);
 
 /// Loss curves and the learning rate below them. Points are (step, value).
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -85,18 +65,9 @@ impl LossPlot {
     /// Writes a PNG file; an old one is replaced when the new one is complete.
     ///
     /// # Errors
-    /// [`RecordError::NothingToDraw`] without any point, [`RecordError::Draw`] and [`RecordError::Io`] otherwise.
+    /// [`RecordError::NothingToDraw`] without any point, [`RecordError::Picture`] otherwise.
     pub fn write_png(&self, path: &Path) -> Result<(), RecordError> {
-        // The backend chooses the format by the ending of the name.
-        let temporary = path.with_extension("tmp.png");
-        let result = self
-            .draw(&BitMapBackend::new(&temporary, SIZE).into_drawing_area(), path)
-            .and_then(|()| fs::rename(&temporary, path).map_err(RecordError::io(path)));
-        if result.is_err() {
-            // It may not have been made.
-            let _ = fs::remove_file(&temporary);
-        }
-        result
+        Ok(self.painting()?.write_png(path)?)
     }
 
     /// Writes an SVG file; an old one is replaced when the new one is complete.
@@ -104,20 +75,12 @@ impl LossPlot {
     /// # Errors
     /// As [`LossPlot::write_png`].
     pub fn write_svg(&self, path: &Path) -> Result<(), RecordError> {
-        let mut text = String::new();
-        self.draw(&SVGBackend::with_string(&mut text, SIZE).into_drawing_area(), path)?;
-        atomic::write(path, text.as_bytes())
-            .map_err(|error| RecordError::Draw { path: path.to_path_buf(), reason: error.to_string() })
+        Ok(self.painting()?.write_svg(path)?)
     }
 
-    fn draw<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>, path: &Path) -> Result<(), RecordError> {
-        let failed = |reason: &dyn Display| RecordError::Draw { path: path.to_path_buf(), reason: reason.to_string() };
-        for (style, font) in [(FontStyle::Normal, REGULAR), (FontStyle::Bold, BOLD)] {
-            register_font(FONT, style, font).map_err(|_| failed(&"the font inside the program is damaged"))?;
-        }
+    fn painting(&self) -> Result<Painting<'_>, RecordError> {
         let axes = self.axes().ok_or(RecordError::NothingToDraw)?;
-        self.paint(root, &axes).map_err(|error| failed(&error))?;
-        root.present().map_err(|error| failed(&error))
+        Ok(Painting { plot: self, axes })
     }
 
     /// The ranges of the axes; `None` without any point.
@@ -145,19 +108,6 @@ impl LossPlot {
             rate: 0.0..if rate > 0.0 { rate * 1.1 } else { 1.0 },
             smooth,
         })
-    }
-
-    fn paint<B: DrawingBackend>(
-        &self,
-        root: &DrawingArea<B, Shift>,
-        axes: &Axes,
-    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-        root.fill(&WHITE)?;
-        let title = (FONT, 30, FontStyle::Bold).into_font().color(&INK);
-        root.draw(&Text::new(self.title.clone(), (36, 26), title))?;
-        let (upper, lower) = root.margin(78, 22, 20, 36).split_vertically(650);
-        self.paint_loss(&upper, axes)?;
-        self.paint_rate(&lower, axes)
     }
 
     fn paint_loss<B: DrawingBackend>(
@@ -261,6 +211,23 @@ impl LossPlot {
     }
 }
 
+/// The curves with the ranges of their axes.
+struct Painting<'a> {
+    plot: &'a LossPlot,
+    axes: Axes,
+}
+
+impl Picture for Painting<'_> {
+    fn paint<B: DrawingBackend>(&self, root: &DrawingArea<B, Shift>) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        root.fill(&WHITE)?;
+        let title = (FONT, 30, FontStyle::Bold).into_font().color(&INK);
+        root.draw(&Text::new(self.plot.title.clone(), (36, 26), title))?;
+        let (upper, lower) = root.margin(78, 22, 20, 36).split_vertically(650);
+        self.plot.paint_loss(&upper, &self.axes)?;
+        self.plot.paint_rate(&lower, &self.axes)
+    }
+}
+
 struct Axes {
     steps: Range<f64>,
     loss: Range<f64>,
@@ -345,6 +312,8 @@ fn clip(points: &[(f64, f64)], range: &Range<f64>) -> Vec<Vec<(f64, f64)>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tempfile::TempDir;
 
     use super::*;

@@ -5,7 +5,7 @@
 //! Each function works lane by lane, so a scalar computed in one lane has the bits of the same value in a vector.
 //! NaN goes in and NaN comes out, everywhere.
 
-use super::simd::{MAX_LANES, Simd};
+use super::simd::{MAX_LANES, ROUNDING, Simd};
 
 /// Bound of [`exp`].
 pub const EXP_ULP: f64 = 1.5;
@@ -52,16 +52,37 @@ fn reduce<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
     (n, s.fma(n, s.splat(-LN2_LOW), r))
 }
 
+/// eʳ for |r| ≤ ½ ln 2.
+#[inline(always)]
+fn exp_reduced<S: Simd>(s: S, r: S::V) -> S::V {
+    // (eʳ − 1 − r) / r², within 2⁻²⁸ of eʳ.
+    let q = polynomial(s, r, [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_719, 0.001_381_459_2]);
+    s.add(s.fma(s.mul(r, r), q, r), s.splat(1.0))
+}
+
 /// eˣ within [`EXP_ULP`]: infinite above 88.72, 0 below −103.97, denormal results between.
 #[inline(always)]
 pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     // Past these ends the result is infinite or 0 anyway; in this order min and max keep a NaN.
     let x = s.max(s.splat(-110.0), s.min(s.splat(100.0), x));
     let (n, r) = reduce(s, x);
-    // (eʳ − 1 − r) / r² on |r| ≤ ½ ln 2, within 2⁻²⁸ of eʳ.
-    let q = polynomial(s, r, [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_719, 0.001_381_459_2]);
-    let p = s.fma(s.mul(r, r), q, r);
-    s.scale2(s.add(p, s.splat(1.0)), n)
+    s.scale2(exp_reduced(s, r), n)
+}
+
+/// eˣ for x ≤ 0 within [`EXP_ULP`], in fewer instructions than [`exp`].
+#[inline(always)]
+pub fn exp_not_positive<S: Simd>(s: S, x: S::V) -> S::V {
+    // Below, the result is 0 anyway; in this order max keeps a NaN.
+    let x = s.max(s.splat(-110.0), x);
+    // ROUNDING + n + 64: 2ⁿ⁺⁶⁴ is normal, and the product with 2⁻⁶⁴ rounds once where the result is denormal.
+    let rounding = s.splat(ROUNDING + 64.0);
+    let rounded = s.fma(x, s.splat(std::f32::consts::LOG2_E), rounding);
+    let n = s.sub(rounded, rounding);
+    let r = s.fma(n, s.splat(-LN2_HIGH), x);
+    let r = s.fma(n, s.splat(-LN2_LOW), r);
+    // The power is made by itself, so that a NaN in the other factor stays one.
+    let power = s.scale2_normal(s.splat(1.0), rounded);
+    s.mul(s.mul(exp_reduced(s, r), power), s.splat(f32::from_bits((127 - 64) << 23)))
 }
 
 /// eˣ − 1 within [`EXP_M1_ULP`], also for small x.
@@ -152,7 +173,7 @@ fn keep_nan<S: Simd>(s: S, x: S::V, result: S::V) -> S::V {
 #[inline(always)]
 pub fn sigmoid_pair<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
     let one = s.splat(1.0);
-    let e = exp(s, s.neg(s.abs(x)));
+    let e = exp_not_positive(s, s.neg(s.abs(x)));
     let large = s.div(one, s.add(one, e));
     let small = s.mul(e, large);
     let negative = s.lt(x, s.zero());
@@ -163,7 +184,7 @@ pub fn sigmoid_pair<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
 #[inline(always)]
 pub fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
-    let e = exp(s, s.neg(s.abs(x)));
+    let e = exp_not_positive(s, s.neg(s.abs(x)));
     s.div(s.select(s.lt(x, s.zero()), e, one), s.add(one, e))
 }
 
@@ -185,53 +206,26 @@ pub fn dsilu<S: Simd>(s: S, x: S::V) -> S::V {
 /// Its derivative is [`sigmoid`].
 #[inline(always)]
 pub fn softplus<S: Simd>(s: S, x: S::V) -> S::V {
-    // 0 ≤ e ≤ e²⁰ where this counts, so log1p's special values cannot occur; a NaN survives in c.
-    let e = exp(s, x);
-    let one = s.splat(1.0);
-    let u = s.add(one, e);
-    let c = s.sub(e, s.sub(u, one));
-    let result = s.add(ln_positive(s, u, s.zero()), s.div(c, u));
-    s.select(s.gt(x, s.splat(SOFTPLUS_THRESHOLD)), x, result)
-}
-
-/// Replaces each value by `f` of it. `f` sees whole vectors, the last one filled up with zeros.
-#[inline(always)]
-pub fn map_in_place<S: Simd>(s: S, values: &mut [f32], f: impl Fn(S, S::V) -> S::V) {
-    let data = values.as_mut_ptr();
-    let mut start = 0;
-    // One place calls `f`, so that it is surely inlined there.
-    while start < values.len() {
-        let n = values.len() - start;
-        // SAFETY: n values follow `start`; a whole vector is touched only where there are as many.
-        unsafe {
-            let at = data.add(start);
-            let x = if n >= S::LANES { s.load(at) } else { s.load_partial(at, n) };
-            let y = f(s, x);
-            if n >= S::LANES { s.store(at, y) } else { s.store_partial(at, y, n) }
-        }
-        start += S::LANES;
-    }
-}
-
-/// Writes `f` of each value of `from` to `to`.
-///
-/// # Panics
-/// Where the lengths differ.
-#[inline(always)]
-pub fn map<S: Simd>(s: S, from: &[f32], to: &mut [f32], f: impl Fn(S, S::V) -> S::V) {
-    assert_eq!(from.len(), to.len(), "map needs slices of one length");
-    let mut start = 0;
-    while start < from.len() {
-        let n = from.len() - start;
-        // SAFETY: n values follow `start` in both; a whole vector is touched only where there are as many.
-        unsafe {
-            let (at, out) = (from.as_ptr().add(start), to.as_mut_ptr().add(start));
-            let x = if n >= S::LANES { s.load(at) } else { s.load_partial(at, n) };
-            let y = f(s, x);
-            if n >= S::LANES { s.store(out, y) } else { s.store_partial(out, y, n) }
-        }
-        start += S::LANES;
-    }
+    // max(x, 0) + ln(1 + e) with e = e^−|x|: no division, and tiny where it should be. The factor is ln(1 + e) / e on
+    // 0 ≤ e ≤ 1, within 2⁻²⁷. Above the threshold the sum rounds to x. In this order max keeps a NaN.
+    let e = exp_not_positive(s, s.neg(s.abs(x)));
+    let factor = polynomial(
+        s,
+        e,
+        [
+            1.0,
+            -0.499_999_02,
+            0.333_299_64,
+            -0.249_541_34,
+            0.196_759_39,
+            -0.153_055_94,
+            0.106_036_55,
+            -0.056_959_54,
+            0.019_851_465,
+            -0.003_244_025_6,
+        ],
+    );
+    s.fma(e, factor, s.max(s.zero(), x))
 }
 
 /// `f` of one value, with the bits it has as a lane of a vector.

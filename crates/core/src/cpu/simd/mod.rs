@@ -12,17 +12,22 @@ use half::bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod twice;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use portable::Portable;
+pub use twice::Twice;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
 /// The largest [`Simd::LANES`] of any level, for buffers on the stack.
 pub const MAX_LANES: usize = 16;
+
+/// 1.5 · 2²³: x + ROUNDING is ROUNDING + n with the integer n nearest to x, for |x| < 2²².
+pub const ROUNDING: f32 = 12_582_912.0;
 
 /// Vectors of f32 at one level of instructions.
 pub trait Simd: Copy + Send + Sync + 'static {
@@ -116,6 +121,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `from` is valid for reading 2 · `LANES` values.
     unsafe fn load_bf16_pairs(self, from: *const bf16) -> (Self::V, Self::V);
 
+    /// Rounds both to bf16 as [`Simd::store_bf16`] does and puts them together: lane i holds, as bits, the pair of
+    /// `even`'s (below) and `odd`'s lane i. Only to be stored or transposed. The inverse of [`Simd::load_bf16_pairs`].
+    #[inline(always)]
+    fn bf16_pairs(self, even: Self::V, odd: Self::V) -> Self::V {
+        let mut halves = [[bf16::ZERO; MAX_LANES]; 2];
+        let mut pairs = [[bf16::ZERO; 2]; MAX_LANES];
+        // SAFETY: the buffers hold MAX_LANES values or pairs.
+        unsafe {
+            self.store_bf16(halves[0].as_mut_ptr(), even);
+            self.store_bf16(halves[1].as_mut_ptr(), odd);
+            for (i, pair) in pairs.iter_mut().enumerate() {
+                *pair = [halves[0][i], halves[1][i]];
+            }
+            self.load(pairs.as_ptr().cast())
+        }
+    }
+
     /// Transposes the first `LANES` vectors as a square: lane j of vector i becomes lane i of vector j. Vectors past
     /// them are unspecified.
     fn transpose(self, rows: [Self::V; MAX_LANES]) -> [Self::V; MAX_LANES];
@@ -148,6 +170,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// v · 2ⁿ for integral `n` of any size and 2⁻¹⁰⁰ ≤ |v| ≤ 2¹⁰⁰ (or v = 0): rounded once where the result is
     /// denormal, infinite where it overflows, 0 where it underflows.
     fn scale2(self, v: Self::V, n: Self::V) -> Self::V;
+
+    /// v · 2ⁿ for `rounded` = [`ROUNDING`] + n, where v and the result are normal and |n| < 250: two instructions.
+    fn scale2_normal(self, v: Self::V, rounded: Self::V) -> Self::V;
 
     /// Cuts a positive normal number into mantissa and exponent: v = m · 2ᵉ with √½ ≤ m < √2 and e integral.
     /// Meaningless for other numbers.

@@ -112,6 +112,11 @@ impl Simd for Neon {
             let half = vshrq_n_s32::<1>(n);
             vmulq_f32(vmulq_f32(v, power(half)), power(vsubq_s32(n, half)))
         }}
+        fn scale2_normal(self, v: float32x4_t, rounded: float32x4_t) -> float32x4_t {{
+            // The exponent grows by the lowest bits of `rounded`; those above them are zero.
+            let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(rounded));
+            vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(v), exponent))
+        }}
         fn split_exponent(self, v: float32x4_t) -> (float32x4_t, float32x4_t) {{
             let least = vdupq_n_u32(std::f32::consts::FRAC_1_SQRT_2.to_bits());
             let offset = vsubq_u32(vreinterpretq_u32_f32(v), least);

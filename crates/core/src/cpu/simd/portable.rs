@@ -208,6 +208,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn scale2_normal(self, v: Lanes, rounded: Lanes) -> Lanes {
+        // The exponent grows by the lowest bits of `rounded`; those above them are zero.
+        zip(v, rounded, |v, rounded| f32::from_bits(v.to_bits().wrapping_add(rounded.to_bits() << 23)))
+    }
+
+    #[inline(always)]
     fn split_exponent(self, v: Lanes) -> (Lanes, Lanes) {
         const SQRT_HALF: u32 = std::f32::consts::FRAC_1_SQRT_2.to_bits();
         let offset = v.0.map(|v| v.to_bits().wrapping_sub(SQRT_HALF));

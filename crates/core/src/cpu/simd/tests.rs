@@ -2,7 +2,7 @@ use std::f32::consts::{FRAC_1_SQRT_2, SQRT_2};
 
 use half::bf16;
 
-use super::{MAX_LANES, Simd};
+use super::{MAX_LANES, ROUNDING, Simd};
 use crate::cpu::{Isa, Kernel};
 
 /// Values that break things: zeros, ties, large, tiny and not numbers.
@@ -86,7 +86,14 @@ impl Kernel for Check {
                 let mut out = [0.0f32; MAX_LANES];
                 // SAFETY: `out` holds MAX_LANES values.
                 unsafe { s.store(out.as_mut_ptr(), s.scale2(s.splat(m), s.splat(n as f32))) };
-                assert_eq!(out[0], (f64::from(m) * 2f64.powi(n)) as f32, "{m} · 2^{n}");
+                let exact = (f64::from(m) * 2f64.powi(n)) as f32;
+                assert_eq!(out[0], exact, "{m} · 2^{n}");
+                if exact.is_normal() && f64::from(exact) == f64::from(m) * 2f64.powi(n) && n.abs() < 250 {
+                    let rounded = s.add(s.splat(ROUNDING), s.splat(n as f32 + 0.25));
+                    // SAFETY: `out` holds MAX_LANES values.
+                    unsafe { s.store(out.as_mut_ptr(), s.scale2_normal(s.splat(m), rounded)) };
+                    assert_eq!(out[0], exact, "{m} · 2^{n}");
+                }
             }
         }
         let root = FRAC_1_SQRT_2;

@@ -21,8 +21,10 @@ use crate::graph::Mat;
 
 const HEADER: &str = include_str!("emulator.h");
 
-/// Every check that is cheap. Operations are rounded one by one, as nothing is fused on the CPU.
-const OPTIONS: [&str; 10] = [
+/// Every check that is cheap. Operations are rounded one by one, as nothing is fused on the CPU. A fortified `longjmp`,
+/// which some systems' compilers choose by themselves, refuses to go from one fiber to another.
+const OPTIONS: [&str; 11] = [
+    "-U_FORTIFY_SOURCE",
     "-std=c++17",
     "-O1",
     "-w",

@@ -13,14 +13,13 @@
 
 use std::ops::Range;
 
-use super::cpu::{Filters, Inputs};
+use super::cpu::{Filters, Inputs, TAPS, Then};
 use super::{BIAS, Forward, Gradient, INITIAL_STATE, WEIGHT, X};
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
-use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, run_with_slots, vectors};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, run_with_slots};
 use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level.
@@ -30,7 +29,7 @@ const TILE: usize = 32;
 
 /// Values of scratch memory of a task: the filters, and ds of a tile and the W−1 rows after it.
 fn scratch_len(forward: &Forward) -> usize {
-    (forward.width + TILE + forward.width - 1) * BLOCK
+    Filters::len(forward.width, BLOCK) + (TILE + forward.width - 1) * BLOCK
 }
 
 fn groups(channels: usize, segments: usize) -> (ChannelBlocks, SegmentGroups) {
@@ -60,7 +59,9 @@ pub(super) fn run(gradient: &Gradient, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: no other task uses the slot's row meanwhile.
         let scratch = unsafe { scratch.row_mut::<f32>(slot) }.as_mut_ptr();
         cpu.isa.run(Walk {
-            filters: Filters { inputs: &inputs, first: channels.start, count: channels.len(), taps: scratch },
+            inputs: &inputs,
+            // SAFETY: the channels lie in the weight, and the scratch memory starts with room for their filters.
+            filters: unsafe { Filters::new(&inputs, channels.start, channels.len(), scratch) },
             segments: groups.segments(group),
             silu: forward.silu,
             dy,
@@ -69,7 +70,7 @@ pub(super) fn run(gradient: &Gradient, io: &Io<'_>, cpu: &Cpu) {
             d_initial,
             sums: sums.rows(group, 1),
             // SAFETY: after the filters, as `scratch_len` counts.
-            ds: unsafe { scratch.add(forward.width * BLOCK) },
+            ds: unsafe { scratch.add(Filters::len(forward.width, BLOCK)) },
         });
     });
     let (dw, d_bias) = (io.optional_output(WEIGHT), io.optional_output(BIAS));
@@ -95,7 +96,8 @@ pub(super) fn run(gradient: &Gradient, io: &Io<'_>, cpu: &Cpu) {
 
 /// One task.
 struct Walk<'a> {
-    filters: Filters<'a>,
+    inputs: &'a Inputs<'a>,
+    filters: Filters,
     segments: Range<usize>,
     silu: bool,
     dy: Option<Mat>,
@@ -104,6 +106,7 @@ struct Walk<'a> {
     d_initial: Option<Mat>,
     /// The row of sums of this group of segments.
     sums: Mat,
+    /// ds: a row of the block's channels for each row of the tile, then for the W−1 rows after it.
     ds: *mut f32,
 }
 
@@ -112,197 +115,145 @@ impl Kernel for Walk<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // SAFETY: the builder checked the shapes; this task alone has these channels of these segments.
+        let (inputs, Filters { first, count, .. }) = (self.inputs, self.filters);
+        // SAFETY: the builder checked the shapes; this task alone has these channels of these segments and of the sums.
+        // Tiles and the rows after them fit the scratch memory.
         unsafe {
-            self.filters.prepare(s);
-            match self.filters.inputs.width {
-                4 => self.walk::<S, 4>(s),
-                _ => self.walk::<S, 0>(s),
+            for i in 0..=inputs.width {
+                std::slice::from_raw_parts_mut(self.sums.at::<f32>(0, i * inputs.x.cols + first), count).fill(0.0);
+            }
+            for segment in self.segments.clone().rev() {
+                let length = inputs.segments.rows(segment).len();
+                // Nothing comes after the last row.
+                std::ptr::write_bytes(self.ds, 0, (TILE + inputs.width - 1) * count);
+                for first in (0..length).step_by(TILE).rev() {
+                    let steps = TILE.min(length - first);
+                    std::ptr::copy(self.ds, self.ds.add(steps * count), (inputs.width - 1) * count);
+                    self.tile(s, segment, first, steps, length);
+                }
+                if let Some(d_initial) = self.d_initial {
+                    for position in 0..inputs.width - 1 {
+                        let to = d_initial.at::<f32>(segment, position * inputs.x.cols + first);
+                        self.through(s, segment, length, position, position, to);
+                    }
+                }
             }
         }
     }
 }
 
 impl Walk<'_> {
-    /// ds of vector `v`: one vector per row of the tile, then of the W−1 rows after it.
-    ///
-    /// # Safety
-    /// `v` is a vector of the block.
-    #[inline(always)]
-    unsafe fn ds<S: Simd>(&self, v: usize) -> *mut f32 {
-        // SAFETY: inside the scratch memory.
-        unsafe { self.ds.add(v * (TILE + self.filters.inputs.width - 1) * S::LANES) }
-    }
-
-    /// Adds to the sums of vector `v` from column `of` on.
-    ///
-    /// # Safety
-    /// `of` is the first column of a tap or of the bias; this task alone has these channels of the sums.
-    #[inline(always)]
-    unsafe fn add_to_sums<S: Simd>(&self, s: S, of: usize, v: usize, value: S::V) {
-        let (channel, lanes) = self.filters.vector::<S>(v);
-        // SAFETY: as the caller says.
-        unsafe {
-            let sum = self.sums.at::<f32>(0, of + channel);
-            store(s, sum, s.add(load(s, sum, lanes), value), lanes);
-        }
-    }
-
-    /// # Safety
-    /// This task alone has these channels of these segments and of the sums; the filters are prepared.
-    #[inline(always)]
-    unsafe fn walk<S: Simd, const W: usize>(&self, s: S) {
-        let inputs = self.filters.inputs;
-        let width = if W > 0 { W } else { inputs.width };
-        // SAFETY: as the caller says; tiles and the rows after them fit the scratch memory.
-        unsafe {
-            for i in 0..=width {
-                let col = i * inputs.x.cols + self.filters.first;
-                std::slice::from_raw_parts_mut(self.sums.at::<f32>(0, col), self.filters.count).fill(0.0);
-            }
-            for segment in self.segments.clone().rev() {
-                let length = inputs.segments.rows(segment).len();
-                // Nothing comes after the last row.
-                let ds = self.ds::<S>(0);
-                std::ptr::write_bytes(ds, 0, (TILE + width - 1) * vectors::<S>(self.filters.count) * S::LANES);
-                for first in (0..length).step_by(TILE).rev() {
-                    let steps = TILE.min(length - first);
-                    for v in 0..vectors::<S>(self.filters.count) {
-                        let ds = self.ds::<S>(v);
-                        std::ptr::copy(ds, ds.add(steps * S::LANES), (width - 1) * S::LANES);
-                    }
-                    self.tile::<S, W>(s, segment, first, steps, length);
-                }
-                if let Some(d_initial) = self.d_initial {
-                    self.initial(s, segment, length, d_initial);
-                }
-            }
-        }
-    }
-
     /// Rows `first .. first + steps` of a segment of `length` rows.
     ///
     /// # Safety
-    /// As [`Walk::walk`]; ds of the rows after the tile are in their place.
+    /// This task alone has the block's channels of the segment and of the sums; ds of the rows after the tile are in
+    /// their place.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const W: usize>(&self, s: S, segment: usize, first: usize, steps: usize, length: usize) {
-        let inputs = self.filters.inputs;
-        let width = if W > 0 { W } else { inputs.width };
-        let start = inputs.segments.rows(segment).start;
-        let count = vectors::<S>(self.filters.count);
+    unsafe fn tile<S: Simd>(&self, s: S, segment: usize, first: usize, steps: usize, length: usize) {
+        let (inputs, filters, count) = (self.inputs, self.filters, self.filters.count);
+        let row = inputs.segments.rows(segment).start + first;
         // SAFETY: as the caller says.
         unsafe {
-            if let Some(dy) = self.dy {
-                for t in 0..steps {
-                    for v in 0..count {
-                        let (channel, lanes) = self.filters.vector::<S>(v);
-                        let mut ds = load(s, dy.at::<f32>(start + first + t, channel), lanes);
+            match self.dy {
+                Some(dy) => {
+                    let bias = inputs.bias.map(|m| m.at::<f32>(0, filters.first).cast_const());
+                    for t in 0..steps {
+                        let (dy, ds) = (dy.at::<f32>(row + t, filters.first), self.ds.add(t * count));
                         if self.silu {
-                            let sum = self.filters.sum::<S, W>(s, segment, first + t, v);
-                            ds = s.mul(ds, math::dsilu(s, sum));
+                            let input = |k: usize| filters.input(inputs, segment, first + t + k);
+                            filters.sum(s, inputs.width, bias, input, Then::Slope(dy), ds);
+                        } else {
+                            std::ptr::copy_nonoverlapping(dy, ds, count);
                         }
-                        s.store(self.ds::<S>(v).add(t * S::LANES), ds);
+                    }
+                    for k in (0..inputs.width).step_by(TAPS) {
+                        match inputs.width - k {
+                            1 => self.weight_of_tile::<S, 1>(s, segment, first, steps, k),
+                            2 => self.weight_of_tile::<S, 2>(s, segment, first, steps, k),
+                            3 => self.weight_of_tile::<S, 3>(s, segment, first, steps, k),
+                            _ => self.weight_of_tile::<S, TAPS>(s, segment, first, steps, k),
+                        }
                     }
                 }
-                for v in 0..count {
-                    self.sums_of_tile::<S, W>(s, segment, first, steps, v);
-                }
-            } else {
-                for v in 0..count {
-                    std::ptr::write_bytes(self.ds::<S>(v), 0, steps * S::LANES);
-                }
+                None => std::ptr::write_bytes(self.ds, 0, steps * count),
             }
-            let Some(dx) = self.dx else { return };
-            for t in 0..steps {
-                for v in 0..count {
-                    let (channel, lanes) = self.filters.vector::<S>(v);
-                    let taps = self.filters.of::<S>(v);
-                    let position = first + t + width - 1;
-                    let mut sum = self.through_final(s, segment, length, position, channel, lanes);
-                    for k in 0..width {
-                        let ds = s.load(self.ds::<S>(v).add((t + width - 1 - k) * S::LANES));
-                        sum = s.fma(s.load(taps.add(k * S::LANES)), ds, sum);
-                    }
-                    store(s, dx.at::<f32>(start + first + t, channel), sum, lanes);
+            if let Some(dx) = self.dx {
+                for t in 0..steps {
+                    let to = dx.at::<f32>(row + t, filters.first);
+                    self.through(s, segment, length, first + t + inputs.width - 1, t + inputs.width - 1, to);
                 }
             }
         }
     }
 
-    /// Adds a tile to dw and dbias of vector `v`.
+    /// Adds a tile to dw of `K` taps from `tap` on and, with the first ones, to dbias.
     ///
     /// # Safety
     /// As [`Walk::tile`], ds of the tile computed.
     #[inline(always)]
-    unsafe fn sums_of_tile<S: Simd, const W: usize>(&self, s: S, segment: usize, first: usize, steps: usize, v: usize) {
-        let inputs = self.filters.inputs;
-        let width = if W > 0 { W } else { inputs.width };
-        let (channel, lanes) = self.filters.vector::<S>(v);
-        // SAFETY: as the caller says.
-        unsafe {
-            let ds = self.ds::<S>(v);
-            for k in 0..width {
-                let mut dw = s.zero();
+    unsafe fn weight_of_tile<S: Simd, const K: usize>(
+        &self,
+        s: S,
+        segment: usize,
+        first: usize,
+        steps: usize,
+        tap: usize,
+    ) {
+        let (inputs, filters, count) = (self.inputs, self.filters, self.filters.count);
+        let sum = |of: usize| {
+            let col = of * inputs.x.cols + filters.first;
+            // SAFETY: `of` is a tap, or W for the bias.
+            unsafe { self.sums.at::<f32>(0, col) }
+        };
+        for i in (0..count).step_by(S::LANES) {
+            let lanes = S::LANES.min(count - i);
+            // SAFETY: as the caller says; lanes i .. i + lanes are channels of the block.
+            unsafe {
+                let (mut dw, mut d_bias) = ([s.zero(); K], s.zero());
                 for t in 0..steps {
-                    let x = inputs.at(s, segment, first + t + k, channel, lanes);
-                    dw = s.fma(s.load(ds.add(t * S::LANES)), x, dw);
+                    let ds = load(s, self.ds.add(t * count + i), lanes);
+                    for (k, dw) in dw.iter_mut().enumerate() {
+                        let x = filters.input(inputs, segment, first + t + tap + k);
+                        *dw = s.fma(ds, load(s, x.add(i), lanes), *dw);
+                    }
+                    d_bias = s.add(d_bias, ds);
                 }
-                self.add_to_sums(s, k * inputs.x.cols, v, dw);
+                for (k, dw) in dw.into_iter().enumerate() {
+                    let to = sum(tap + k).add(i);
+                    store(s, to, s.add(load(s, to, lanes), dw), lanes);
+                }
+                if tap == 0 {
+                    let to = sum(inputs.width).add(i);
+                    store(s, to, s.add(load(s, to, lanes), d_bias), lanes);
+                }
             }
-            let mut d_bias = s.zero();
-            for t in 0..steps {
-                d_bias = s.add(d_bias, s.load(ds.add(t * S::LANES)));
-            }
-            self.add_to_sums(s, width * inputs.x.cols, v, d_bias);
         }
     }
 
-    /// The gradient that reaches the input at `position` through the final state, which holds the last W−1 positions.
+    /// The gradient of the input at `position`: through the outputs, of which the latest has row `latest` of ds, and
+    /// through the final state, which holds the segment's last W−1 positions.
     ///
     /// # Safety
-    /// The position lies in the segment or its initial state.
+    /// The position lies in the segment or its initial state; ds of the outputs that it reaches are in their place.
     #[inline(always)]
-    unsafe fn through_final<S: Simd>(
+    unsafe fn through<S: Simd>(
         &self,
         s: S,
         segment: usize,
         length: usize,
         position: usize,
-        channel: usize,
-        lanes: usize,
-    ) -> S::V {
-        match self.d_final {
-            Some(d_final) if position >= length => {
-                let col = (position - length) * self.filters.inputs.x.cols + channel;
-                // SAFETY: as the caller says.
-                unsafe { load(s, d_final.at::<f32>(segment, col), lanes) }
-            }
-            _ => s.zero(),
-        }
-    }
-
-    /// Writes the gradient of the initial state.
-    ///
-    /// # Safety
-    /// As [`Walk::tile`], ds of the segment's first rows in their place.
-    #[inline(always)]
-    unsafe fn initial<S: Simd>(&self, s: S, segment: usize, length: usize, d_initial: Mat) {
-        let inputs = self.filters.inputs;
-        for position in 0..inputs.width - 1 {
-            for v in 0..vectors::<S>(self.filters.count) {
-                let (channel, lanes) = self.filters.vector::<S>(v);
-                // SAFETY: as the caller says.
-                unsafe {
-                    let taps = self.filters.of::<S>(v);
-                    let mut sum = self.through_final(s, segment, length, position, channel, lanes);
-                    for k in 0..=position {
-                        let ds = s.load(self.ds::<S>(v).add((position - k) * S::LANES));
-                        sum = s.fma(s.load(taps.add(k * S::LANES)), ds, sum);
-                    }
-                    let col = position * inputs.x.cols + channel;
-                    store(s, d_initial.at::<f32>(segment, col), sum, lanes);
-                }
-            }
+        latest: usize,
+        to: *mut f32,
+    ) {
+        let (inputs, Filters { first, count, .. }) = (self.inputs, self.filters);
+        // SAFETY: as the caller says.
+        unsafe {
+            let start = match (self.d_final, position.checked_sub(length)) {
+                (Some(d_final), Some(j)) => Some(d_final.at::<f32>(segment, j * inputs.x.cols + first).cast_const()),
+                _ => None,
+            };
+            let ds = |k: usize| self.ds.add((latest - k) * count).cast_const();
+            self.filters.sum(s, inputs.width.min(latest + 1), start, ds, Then::Nothing, to);
         }
     }
 }

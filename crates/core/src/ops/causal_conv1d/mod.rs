@@ -129,8 +129,8 @@ impl Op for Forward {
         Ok(gradients)
     }
 
-    fn workspace(&self, _: &Graph, _: &Node, cpu: &Cpu) -> usize {
-        cpu::workspace(self, cpu)
+    fn workspace(&self, g: &Graph, node: &Node, cpu: &Cpu) -> usize {
+        cpu::workspace(self, g.cols(node.input(X)), cpu)
     }
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {

@@ -182,7 +182,7 @@ impl Kernel for Softmax<'_> {
             let exponential = |i: usize, lanes: usize| {
                 // SAFETY: elements i .. i + lanes lie in the part. Reading them again fills the other lanes with 0.
                 unsafe {
-                    let e = math::exp(s, s.sub(load(s, at.add(i), lanes), shift));
+                    let e = math::exp_not_positive(s, s.sub(load(s, at.add(i), lanes), shift));
                     store(s, at.add(i), e, lanes);
                     if lanes == S::LANES { e } else { load(s, at.add(i), lanes) }
                 }

@@ -5,6 +5,8 @@
 
 pub(crate) mod cuda;
 
+use std::ops::Range;
+
 use half::bf16;
 
 use crate::cpu::Cpu;
@@ -15,6 +17,7 @@ use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
+use crate::ops::vectors::{each, load, store};
 use cuda::Function;
 
 /// Elements that one task handles, about.
@@ -377,36 +380,42 @@ impl Op for Unary {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         let (x, dy, out) = (io.input(0), io.optional_input(1), io.output(0));
-        cpu.pool.chunks(out.rows, rows_per_task(out.cols), |rows| {
-            for r in rows {
-                // SAFETY: this task alone writes row r, and inputs do not change.
-                let row = unsafe {
-                    UnaryRow { op: *self, x: x.row(r), dy: dy.map_or(&[], |dy| dy.row(r)), out: out.row_mut(r) }
-                };
-                cpu.isa.run(row);
-            }
-        });
+        let op = *self;
+        cpu.pool.chunks(out.rows, rows_per_task(out.cols), |rows| cpu.isa.run(UnaryRows { op, x, dy, out, rows }));
     }
 }
 
-struct UnaryRow<'a> {
+/// Some rows, which this kernel alone writes.
+struct UnaryRows {
     op: Unary,
-    x: &'a [f32],
-    dy: &'a [f32],
-    out: &'a mut [f32],
+    x: Mat,
+    dy: Option<Mat>,
+    out: Mat,
+    rows: Range<usize>,
 }
 
-impl Kernel for UnaryRow<'_> {
+impl Kernel for UnaryRows {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.op {
-            Unary::Silu => math::map(s, self.x, self.out, |s, x| math::silu(s, x)),
-            Unary::NegExp => math::map(s, self.x, self.out, |s, x| s.neg(math::exp(s, x))),
-            Unary::SiluGrad => {
-                math::map(s, self.x, self.out, |s, x| math::dsilu(s, x));
-                self.out.iter_mut().zip(self.dy).for_each(|(o, d)| *o *= d);
+        for r in self.rows {
+            // SAFETY: row r lies in all operands, and inputs do not change; lanes below `cols` are touched only.
+            unsafe {
+                let (x, out) = (self.x.at::<f32>(r, 0), self.out.at::<f32>(r, 0));
+                let dy = self.dy.map(|dy| dy.at::<f32>(r, 0));
+                each(s, self.x.cols, |i, lanes| {
+                    let x = load(s, x.add(i), lanes);
+                    let value = match self.op {
+                        Unary::Silu => math::silu(s, x),
+                        Unary::NegExp => s.neg(math::exp(s, x)),
+                        Unary::SiluGrad => {
+                            let dy = dy.map_or(s.zero(), |dy| load(s, dy.add(i), lanes));
+                            s.mul(math::dsilu(s, x), dy)
+                        }
+                    };
+                    store(s, out.add(i), value, lanes);
+                });
             }
         }
     }

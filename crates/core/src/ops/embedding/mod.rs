@@ -106,7 +106,7 @@ unsafe fn read_row(cpu: &Cpu, weight: Mat, id: usize, out: &mut [f32]) {
                 match transposed(weight, cpu) {
                     Rhs::Packed(packed) => packed.column(id, out),
                     Rhs::Blocks(blocks) => blocks.column(id, out),
-                    Rhs::Strided(_) => unreachable!("weights in panels are packed"),
+                    Rhs::Strided(_) | Rhs::Rounded(_) => unreachable!("weights in panels are packed"),
                 }
             }
         }

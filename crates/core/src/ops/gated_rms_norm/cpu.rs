@@ -4,7 +4,7 @@ use super::Options;
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Simd, Twice};
 use crate::graph::{Io, Mat};
 use crate::ops::elementwise::Partials;
 use crate::ops::ssd::lanes::{load, store};
@@ -125,6 +125,13 @@ impl Kernel for ForwardRow {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.row(Twice(s));
+    }
+}
+
+impl ForwardRow {
+    #[inline(always)]
+    fn row<S: Simd>(self, s: S) {
         let row = self.row;
         for start in (0..row.cols).step_by(row.group) {
             let end = start + row.group;

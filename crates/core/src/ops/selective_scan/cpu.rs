@@ -1,17 +1,18 @@
 //! The forward kernel: a task walks through the segments of a group with a block of channels.
 //!
 //! Time is cut into tiles. In each, Δ, Δx and y of a vector of channels lie side by side in scratch memory, and a few
-//! states at a time walk through the tile in registers. Nothing depends on where a tile starts: every step does the
-//! same operations in the same order.
+//! states at a time walk through the tile in registers, after the decays of all its steps: these depend on nothing
+//! before them, so the processor overlaps them, and the constants stay in registers. Nothing depends on where a tile
+//! starts: every step does the same operations in the same order.
 
 use std::ops::Range;
 
-use super::decay::{ZOH_LIMIT, exp2, exp2_and_m1};
+use super::decay::{NEAR, ZOH_LIMIT, decay, decay_near, exp2_and_m1};
 use super::{A, B, C, D, DT, DT_BIAS, Discretisation, Forward, SEGMENTS, X, Z, chunk_len, chunk_row};
 use crate::cpu::Cpu;
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{MAX_LANES, Simd, Twice};
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::{
     ChannelBlocks, Scratch, SegmentGroups, Segments, prefetch_rows, run_with_slots, transpose_rows, vectors,
@@ -25,9 +26,10 @@ const TILE: usize = 32;
 /// States that walk through a tile together.
 const STATES: usize = 4;
 
-/// Values of scratch memory of a task: the coefficients of A, and tiles of Δ, Δx (or x) and y.
+/// Values of scratch memory of a task: the coefficients of A, tiles of Δ, Δx (or x) and y, the largest |Δ| of tiles, and
+/// the decays of a few states of a vector.
 fn scratch_len(forward: &Forward) -> usize {
-    (Coefficients::values_a_channel(forward) + 3 * TILE) * BLOCK
+    (Coefficients::values_a_channel(forward) + 3 * TILE + 1) * BLOCK + TILE * STATES * MAX_LANES
 }
 
 pub(super) fn workspace(forward: &Forward, channels: usize, segments: usize, cpu: &Cpu) -> usize {
@@ -265,6 +267,8 @@ struct Tile {
     /// Δx; x for the zero-order hold.
     input: *mut f32,
     y: *mut f32,
+    /// One vector: the largest |Δ|, NaN where a Δ is not finite.
+    largest: *mut f32,
 }
 
 impl Walk<'_> {
@@ -342,8 +346,16 @@ impl Walk<'_> {
         // SAFETY: `scratch_len` has room for three tiles of all vectors of a block after the coefficients.
         unsafe {
             let delta = self.scratch.add(coefficients + v * TILE * S::LANES);
-            Tile { delta, input: delta.add(TILE * BLOCK), y: delta.add(2 * TILE * BLOCK) }
+            let largest = self.scratch.add(coefficients + 3 * TILE * BLOCK + v * S::LANES);
+            Tile { delta, input: delta.add(TILE * BLOCK), y: delta.add(2 * TILE * BLOCK), largest }
         }
+    }
+
+    /// Room for the decays of a tile: those of a step one after another.
+    #[inline(always)]
+    fn decays(&self) -> *mut f32 {
+        // SAFETY: `scratch_len` has room for them at the end.
+        unsafe { self.scratch.add((Coefficients::values_a_channel(self.scan.forward) + 3 * TILE + 1) * BLOCK) }
     }
 
     /// Computes Δ, the input and D·x of a vector's part of a tile.
@@ -358,14 +370,27 @@ impl Walk<'_> {
         // SAFETY: as the caller says.
         unsafe {
             let skip = per_channel(s, inputs.d, channel, lanes, 0.0);
-            for t in 0..steps {
-                let dt = biased_dt(s, inputs, first + t, channel, lanes);
-                let delta = if self.scan.forward.softplus { math::softplus(s, dt) } else { dt };
-                let x = load(s, inputs.x.at::<f32>(first + t, channel), lanes);
-                s.store(tile.delta.add(t * S::LANES), delta);
-                s.store(tile.input.add(t * S::LANES), if ZOH { x } else { s.mul(delta, x) });
-                s.store(tile.y.add(t * S::LANES), s.mul(skip, x));
+            let (mut largest, mut rest) = (s.zero(), s.zero());
+            for t in (0..steps).step_by(2) {
+                // Two steps at a time; at an odd end the last one twice.
+                let steps = [t, (t + 1).min(steps - 1)];
+                let mut delta = [
+                    biased_dt(s, inputs, first + steps[0], channel, lanes),
+                    biased_dt(s, inputs, first + steps[1], channel, lanes),
+                ];
+                if self.scan.forward.softplus {
+                    delta = math::softplus(Twice(s), delta);
+                }
+                for (t, delta) in steps.into_iter().zip(delta) {
+                    largest = s.max(s.abs(delta), largest);
+                    rest = s.fma(delta, s.zero(), rest);
+                    let x = load(s, inputs.x.at::<f32>(first + t, channel), lanes);
+                    s.store(tile.delta.add(t * S::LANES), delta);
+                    s.store(tile.input.add(t * S::LANES), if ZOH { x } else { s.mul(delta, x) });
+                    s.store(tile.y.add(t * S::LANES), s.mul(skip, x));
+                }
             }
+            s.store(tile.largest, s.add(largest, rest));
         }
     }
 
@@ -377,14 +402,22 @@ impl Walk<'_> {
     unsafe fn store_tile<S: Simd>(&self, s: S, v: usize, first: usize, steps: usize, y: Mat) {
         let (channel, lanes) = self.block.vector::<S>(v);
         let tile = self.tile::<S>(v);
-        for t in 0..steps {
+        for t in (0..steps).step_by(2) {
+            // Two steps at a time; at an odd end the last one twice.
+            let steps = [t, (t + 1).min(steps - 1)];
             // SAFETY: as the caller says.
             unsafe {
-                let mut value = s.load(tile.y.add(t * S::LANES));
+                let mut values = [s.load(tile.y.add(steps[0] * S::LANES)), s.load(tile.y.add(steps[1] * S::LANES))];
                 if let Some(z) = self.scan.inputs.z {
-                    value = s.mul(value, math::silu(s, load(s, z.at::<f32>(first + t, channel), lanes)));
+                    let z = [
+                        load(s, z.at::<f32>(first + steps[0], channel), lanes),
+                        load(s, z.at::<f32>(first + steps[1], channel), lanes),
+                    ];
+                    values = Twice(s).mul(values, math::silu(Twice(s), z));
                 }
-                store(s, y.at::<f32>(first + t, channel), value, lanes);
+                for (t, value) in steps.into_iter().zip(values) {
+                    store(s, y.at::<f32>(first + t, channel), value, lanes);
+                }
             }
         }
     }
@@ -429,22 +462,31 @@ impl Advance<'_, '_> {
                     store(s, keep.at::<f32>(self.keep_row, state_col(i)), *h, lanes);
                 }
             }
+            let decays = self.walk.decays();
+            if !ZOH {
+                let largest = s.load(tile.largest);
+                for i in 0..COUNT {
+                    let a = s.load(a.scaled.add(i * S::LANES));
+                    let to = (decays.add(i * S::LANES), COUNT);
+                    decay_steps(s, a, largest, self.steps, (tile.delta.cast_const(), 1), to);
+                }
+            }
             for t in 0..self.steps {
-                let delta = s.load(tile.delta.add(t * S::LANES));
                 let input = s.load(tile.input.add(t * S::LANES));
                 let mut y = s.load(tile.y.add(t * S::LANES));
                 let b = scan.inputs.b.at::<f32>(self.first + t, column);
                 let c = scan.inputs.c.at::<f32>(self.first + t, column);
                 for (i, h) in h.iter_mut().enumerate() {
                     let b = s.splat(*b.add(i));
-                    let exponent = s.mul(delta, s.load(a.scaled.add(i * S::LANES)));
                     if ZOH {
-                        let (decay, m1) = exp2_and_m1(s, exponent);
+                        let delta = s.load(tile.delta.add(t * S::LANES));
+                        let (decay, m1) = exp2_and_m1(s, s.mul(delta, s.load(a.scaled.add(i * S::LANES))));
                         let (inverse, at_limit) = (a.inverse.add(i * S::LANES), a.at_limit.add(i * S::LANES));
                         let factor = zoh_factor(s, m1, delta, s.load(inverse), s.load(at_limit));
                         *h = s.fma(decay, *h, s.mul(s.mul(factor, input), b));
                     } else {
-                        *h = s.fma(exp2(s, exponent), *h, s.mul(input, b));
+                        let decay = s.load(decays.add((t * COUNT + i) * S::LANES));
+                        *h = s.fma(decay, *h, s.mul(input, b));
                     }
                     y = s.fma(s.splat(*c.add(i)), *h, y);
                 }
@@ -453,6 +495,48 @@ impl Advance<'_, '_> {
             for (i, &h) in h.iter().enumerate() {
                 store(s, scan.states.at::<f32>(self.segment, state_col(i)), h, lanes);
             }
+        }
+    }
+}
+
+/// Writes the decays 2^(Δ·A) of some steps of a vector of channels and one state. Between steps lie `delta.1` and `to.1`
+/// vectors. `largest` is the largest |Δ| of each channel, NaN where one is not finite.
+///
+/// # Safety
+/// Δ has a vector for each step, and there is room for the decays.
+#[inline(always)]
+pub(super) unsafe fn decay_steps<S: Simd>(
+    s: S,
+    a: S::V,
+    largest: S::V,
+    steps: usize,
+    delta: (*const f32, usize),
+    to: (*mut f32, usize),
+) {
+    let near = s.lt(s.mul(largest, s.abs(a)), s.splat(NEAR));
+    let all_near = s.reduce_max(s.select(near, s.zero(), s.splat(1.0))) == 0.0;
+    let (from, to, from_step, to_step) = (delta.0, to.0, delta.1 * S::LANES, to.1 * S::LANES);
+    // No closures here: one that is not inlined loses its vector instructions.
+    let (four, a_four) = (Twice(Twice(s)), [[a; 2]; 2]);
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut t = 0;
+        if all_near {
+            while t + 4 <= steps {
+                let (from, to) = (from.add(t * from_step), to.add(t * to_step));
+                let low = [s.load(from), s.load(from.add(from_step))];
+                let high = [s.load(from.add(2 * from_step)), s.load(from.add(3 * from_step))];
+                let [low, high] = decay_near(four, [low, high], a_four);
+                s.store(to, low[0]);
+                s.store(to.add(to_step), low[1]);
+                s.store(to.add(2 * to_step), high[0]);
+                s.store(to.add(3 * to_step), high[1]);
+                t += 4;
+            }
+        }
+        while t < steps {
+            s.store(to.add(t * to_step), decay(s, s.load(from.add(t * from_step)), a));
+            t += 1;
         }
     }
 }

@@ -341,7 +341,9 @@ fn any_cut_into_calls_gives_the_same_bits() {
     let length = 150;
     for discretisation in [Discretisation::Euler, Discretisation::Zoh] {
         let whole = Setup { discretisation, ..Setup::new(&[length], 70, 6) };
-        let inputs = whole.inputs();
+        let mut inputs = whole.inputs();
+        // Decays of these steps are 0 or nearly so: their tile takes another way than those of short calls beside them.
+        inputs[1].1.data[70 * 70..72 * 70].fill(300.0);
         for isa in Isa::available() {
             let expected = whole.run(isa, &inputs);
             for cuts in [vec![1, 2, 3, 40], vec![32, 64], vec![77], (1..length).collect()] {

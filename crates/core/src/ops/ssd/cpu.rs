@@ -5,7 +5,7 @@
 //! them a task takes changes no bits and may depend on the number of threads.
 
 use super::lanes::Transpose;
-use super::product::{Band, Init, Product};
+use super::product::{Band, Init, Product, TILE_ROWS};
 use super::steps::{CopyRows, Decay, Finish, MaskedDecay, Recurrence, decays};
 use super::workspace::{Bump, Slots};
 use super::{BLOCK, Dims, SHORT, inputs};
@@ -59,10 +59,10 @@ impl Scratch {
         let state_step = (p * n + MAX_LANES).next_multiple_of(MAX_LANES);
         Scratch {
             b: bump.take(q * n),
-            c: bump.take((q + 8) * n),
+            c: bump.take((q + TILE_ROWS) * n),
             b_transposed: bump.take(n * row),
             g: bump.take(q * row),
-            m: bump.take((q + 8) * row),
+            m: bump.take((q + TILE_ROWS) * row),
             u: bump.take(q * p),
             decay: Decay::take(bump, q),
             states: bump.take(heads * state_step),

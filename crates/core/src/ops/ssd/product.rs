@@ -11,9 +11,9 @@ use super::lanes;
 use crate::cpu::isa::Kernel;
 use crate::cpu::simd::Simd;
 
-/// Rows of A are read up to a multiple of this, and B's rows up to a whole vector: operands need that much room
-/// behind them (see [`super::workspace::Bump::take`]). Bands are zero-filled up to the same multiple.
-pub(super) const ROW_MULTIPLE: usize = 8;
+/// The most rows of a tile. Rows of A are read as far as a tile's, and B's rows up to a whole vector: operands need that
+/// much room behind them (see [`super::workspace::Bump::take`]).
+pub(super) const TILE_ROWS: usize = 8;
 
 /// What a sum starts from.
 #[derive(Clone, Copy)]
@@ -37,11 +37,9 @@ pub(super) enum Init {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Band {
     Full,
-    /// A is lower triangular: k ≤ i. Elements above the diagonal are zero as far as the next multiple of
-    /// [`ROW_MULTIPLE`].
+    /// A is lower triangular: k ≤ i. Elements above the diagonal are zero for k < i + [`TILE_ROWS`].
     LowerA,
-    /// A is upper triangular: k ≥ i. Elements below the diagonal are zero as far back as a multiple of
-    /// [`ROW_MULTIPLE`].
+    /// A is upper triangular: k ≥ i. Elements below the diagonal are zero for k > i − [`TILE_ROWS`].
     UpperA,
     /// Only elements j ≤ i of the result are needed; some others are computed.
     LowerResult,
@@ -72,7 +70,8 @@ impl Kernel for Product {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if S::REGISTERS >= 32 { self.panels::<S, 8>(s) } else { self.panels::<S, 4>(s) }
+        // A tile's sums, two vectors of B and an element of A fill the registers.
+        if S::REGISTERS >= 32 { self.panels::<S, TILE_ROWS>(s) } else { self.panels::<S, 6>(s) }
     }
 }
 

@@ -171,7 +171,7 @@ impl Kernel for MaskedDecay {
             // SAFETY: t < q; columns below `row`, which is a whole number of vectors, lie inside G and M.
             unsafe {
                 let at_t = (s.splat(*self.decay.high.add(t)), s.splat(*self.decay.low.add(t)));
-                let end = (t + 1).next_multiple_of(super::product::ROW_MULTIPLE).min(self.row);
+                let end = (t + super::product::TILE_ROWS).min(self.row);
                 for j in (0..end).step_by(S::LANES) {
                     let at_j = (s.load(self.decay.high.add(j)), s.load(self.decay.low.add(j)));
                     let decay = decay_between(s, at_t, at_j);

@@ -8,8 +8,8 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::graph::Mat;
-use crate::ops::selective_scan::cpu::{Block, Coefficients, biased_dt, per_channel, zoh_factor};
-use crate::ops::selective_scan::decay::{exp2, exp2_and_m1, zoh_slope};
+use crate::ops::selective_scan::cpu::{Block, Coefficients, biased_dt, decay_steps, per_channel, zoh_factor};
+use crate::ops::selective_scan::decay::{exp2_and_m1, zoh_slope};
 use crate::ops::selective_scan::{Discretisation, chunk_len, chunk_row};
 use crate::ops::tasks::vectors;
 use crate::ops::vectors::{load, store};
@@ -52,6 +52,12 @@ struct Steps {
 }
 
 impl Steps {
+    /// Field `field` of the first step.
+    #[inline(always)]
+    fn field<S: Simd>(self, field: usize) -> *mut f32 {
+        self.start.wrapping_add(field * S::LANES)
+    }
+
     /// # Safety
     /// The step's memory is this task's, and the field was written before.
     #[inline(always)]
@@ -282,6 +288,21 @@ impl Walk<'_> {
                 let col = (n + i) * task.layout.channels + channel;
                 *h = load(s, task.chunk_states.at::<f32>(chunk.kept, col), lanes);
             }
+            if !ZOH {
+                let (mut largest, mut rest) = (s.zero(), s.zero());
+                for t in 0..chunk.steps {
+                    let delta = of.get(s, t, DELTA);
+                    largest = s.max(s.abs(delta), largest);
+                    rest = s.fma(delta, s.zero(), rest);
+                }
+                let largest = s.add(largest, rest);
+                for i in 0..COUNT {
+                    let a = s.load(a.scaled.add(i * S::LANES));
+                    let delta = (of.field::<S>(DELTA).cast_const(), of.fields);
+                    let to = (states.field::<S>(i * states.fields + DECAY), COUNT * states.fields);
+                    decay_steps(s, a, largest, chunk.steps, delta, to);
+                }
+            }
             for t in 0..chunk.steps {
                 let (delta, x) = (of.get(s, t, DELTA), of.get(s, t, INPUT));
                 let input = if ZOH { x } else { s.mul(delta, x) };
@@ -290,20 +311,16 @@ impl Walk<'_> {
                     let at = t * COUNT + i;
                     states.set(s, at, H, *h);
                     let b = s.splat(*b.add(i));
-                    let exponent = s.mul(delta, s.load(a.scaled.add(i * S::LANES)));
-                    let decay = if ZOH {
-                        let (decay, m1) = exp2_and_m1(s, exponent);
+                    if ZOH {
+                        let (decay, m1) = exp2_and_m1(s, s.mul(delta, s.load(a.scaled.add(i * S::LANES))));
                         let (inverse, at_limit) = (a.inverse.add(i * S::LANES), a.at_limit.add(i * S::LANES));
                         let factor = zoh_factor(s, m1, delta, s.load(inverse), s.load(at_limit));
+                        states.set(s, at, DECAY, decay);
                         states.set(s, at, M1, m1);
                         *h = s.fma(decay, *h, s.mul(s.mul(factor, input), b));
-                        decay
                     } else {
-                        let decay = exp2(s, exponent);
-                        *h = s.fma(decay, *h, s.mul(input, b));
-                        decay
-                    };
-                    states.set(s, at, DECAY, decay);
+                        *h = s.fma(states.get(s, at, DECAY), *h, s.mul(input, b));
+                    }
                 }
             }
             for (i, &h) in h.iter().enumerate() {

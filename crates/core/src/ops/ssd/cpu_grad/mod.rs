@@ -169,8 +169,8 @@ impl Scratch {
     fn take(bump: &mut Bump, dims: &Dims) -> Scratch {
         let (q, p, n) = (dims.block(GRADIENT_BLOCK), dims.headdim, dims.d_state);
         let row = q.next_multiple_of(MAX_LANES);
-        // Rows that a product reads as A go up to a multiple of 8.
-        let tall = q.next_multiple_of(super::product::ROW_MULTIPLE);
+        // A product reads rows of A as far as those of a tile.
+        let tall = q + super::product::TILE_ROWS;
         Scratch {
             decay: Decay::take(bump, q),
             b: bump.take(tall * n),

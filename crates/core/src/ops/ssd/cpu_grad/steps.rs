@@ -1,7 +1,7 @@
 //! The parts of a block's gradient that are no matrix products.
 
 use super::super::lanes::{load, store};
-use super::super::product::ROW_MULTIPLE;
+use super::super::product::TILE_ROWS;
 use super::super::steps::{Decay, Skip, decay_between, lane_numbers};
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
@@ -41,7 +41,7 @@ impl Kernel for PairGradient {
             for j in 0..self.q {
                 let at_j = (s.splat(*self.decay.high.add(j)), s.splat(*self.decay.low.add(j)));
                 let delta = s.splat(*self.decay.delta.add(j));
-                let start = j / ROW_MULTIPLE * ROW_MULTIPLE / S::LANES * S::LANES;
+                let start = (j + 1).saturating_sub(TILE_ROWS) / S::LANES * S::LANES;
                 let mut sum = s.zero();
                 for t in (start..self.q).step_by(S::LANES) {
                     let place = j * self.row + t;
