@@ -24,6 +24,8 @@ pub enum Command {
     Forward(ForwardArgs),
     /// Say what a checkpoint or state file is.
     Inspect(InspectArgs),
+    /// How well a model does.
+    Eval(EvalArgs),
     /// Convert a checkpoint between formats, without loss.
     Convert(ConvertArgs),
     /// Measure speed and the share of the machine's ceiling that it is.
@@ -42,7 +44,7 @@ pub struct Compute {
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
     /// Type of the matrices in products; on a GPU also of stored activations. States, norms and parameters that are
-    /// trained stay f32.
+    /// trained stay f32. q8_0 and q4_k are for using a model on a CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
     /// Threads on the CPU [default: all cores].
@@ -76,6 +78,12 @@ impl RecomputeArg {
 pub enum DTypeArg {
     F32,
     Bf16,
+    /// Blocks of 32 numbers with a scale, 8 bits each.
+    #[value(name = "q8_0")]
+    Q8,
+    /// Blocks of 256 numbers with scales and minima, 4 bits each; the output matrix takes 6 bits.
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl DTypeArg {
@@ -83,6 +91,16 @@ impl DTypeArg {
         match self {
             DTypeArg::F32 => DType::F32,
             DTypeArg::Bf16 => DType::BF16,
+            DTypeArg::Q8 => DType::Q8_0,
+            DTypeArg::Q4K => DType::Q4_K,
+        }
+    }
+
+    /// Refuses types that only weights for inference have.
+    pub fn check_trains(self) -> Result<(), Usage> {
+        match self.dtype() {
+            DType::F32 | DType::BF16 => Ok(()),
+            dtype => Err(Usage(format!("{dtype} is a type of weights that are only read; use f32 or bf16 here"))),
         }
     }
 }
@@ -244,6 +262,42 @@ pub struct ForwardArgs {
     /// Gradients of the loss, too, under the checkpoint's own names.
     #[arg(long)]
     pub grads: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    pub command: EvalCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Predict every token of texts from everything before it in its document.
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: String,
+    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz, .zst or .xz.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    pub data: Vec<String>,
+    /// Field of the text in .jsonl files.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub field: String,
+    /// A tokenizer.json, where the model's folder has none.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Only the first N bytes of the texts.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub max_bytes: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub compute: Compute,
 }

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         args::Command::Train(args) => commands::train::run(args),
         args::Command::Generate(args) => commands::generate::run(args),
         args::Command::Forward(args) => commands::forward::run(args),
+        args::Command::Eval(args) => commands::eval::run(args),
         args::Command::Inspect(args) => commands::inspect::run(args),
         args::Command::Convert(args) => commands::convert::run(args),
         args::Command::Bench(args) => commands::bench::run(args),

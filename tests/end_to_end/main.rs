@@ -5,6 +5,7 @@ mod cli;
 mod common;
 mod cuts;
 mod oracles;
+mod perplexity;
 mod steps;
 mod streams;
 mod training;

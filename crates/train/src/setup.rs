@@ -95,12 +95,7 @@ impl Setup {
             Some(folder) => checkpoint::read_config(folder)?.2,
             None => fresh_model(config, &tokenizer)?,
         };
-        if tokenizer.vocab_size() > model.padded_vocab {
-            return Err(Error::Vocabulary { tokenizer: tokenizer.vocab_size(), model: model.padded_vocab });
-        }
-        let boundary = boundary(&tokenizer, &model)?;
-        let encoder = Encoder { tokenizer: &tokenizer, vocabulary: model.padded_vocab };
-        let store = |documents: &[Document]| TokenStore::encode(documents, &encoder, boundary).map(Arc::new);
+        let store = |documents: &[Document]| tokens(documents, &tokenizer, &model).map(Arc::new);
         let training = store(&split.training)?;
         let evaluation = if split.validation.is_empty() {
             None
@@ -204,6 +199,18 @@ fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Documents as a model's tokens, each with a boundary token before it.
+///
+/// # Errors
+/// A tokenizer with more ids than the model, or one that refuses a text; no token that could stand at a boundary.
+pub fn tokens(documents: &[Document], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<TokenStore, Error> {
+    if tokenizer.vocab_size() > model.padded_vocab {
+        return Err(Error::Vocabulary { tokenizer: tokenizer.vocab_size(), model: model.padded_vocab });
+    }
+    let encoder = Encoder { tokenizer, vocabulary: model.padded_vocab };
+    Ok(TokenStore::encode(documents, &encoder, boundary(tokenizer, model)?)?)
 }
 
 /// The token that separates documents: the tokenizer's own, else the one that the model names.

@@ -201,7 +201,23 @@ impl Checkpoint {
     /// An unknown name, memory of another size, or damaged numbers.
     pub fn read_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), CheckpointError> {
         let stored = self.stored_of_length(name, out.len())?;
-        stored.read_f32(out).map_err(|e| self.value_error(name, e))
+        stored.read_f32(0, out).map_err(|e| self.value_error(name, e))
+    }
+
+    /// A part of a tensor as f32: numbers from `first` on, in row-major order. Memory of the mapped file that only this
+    /// part needed is given back.
+    ///
+    /// # Errors
+    /// An unknown name, more numbers than the tensor has, or damaged ones.
+    pub fn read_f32_part(&self, name: &str, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let stored = self.stored(name)?;
+        let (expected, found) = (stored.numel(), first.saturating_add(out.len()));
+        if found > expected {
+            return Err(CheckpointError::Length { name: name.into(), found, expected });
+        }
+        stored.read_f32(first, out).map_err(|e| self.value_error(name, e))?;
+        stored.forget(first..first + out.len());
+        Ok(())
     }
 
     fn stored(&self, name: &str) -> Result<&Stored, CheckpointError> {

@@ -30,7 +30,7 @@ const FEW: usize = 16;
 const MOST_READ: usize = 64 * 1536;
 
 /// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16, for RMSNorm and for widths in eights.
-pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
+pub fn has_step(config: &ModelConfig, form: &Form, tokens: usize) -> bool {
     let eights = |n: usize| n.is_multiple_of(8);
     let fits = |layer: &LayerConfig| {
         let mixer = match &layer.mixer {
@@ -39,7 +39,7 @@ pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
         };
         mixer && eights(layer.d_intermediate.unwrap_or(0))
     };
-    form == Form::Inference(DType::BF16, Layout::Rows)
+    *form == Form::Inference(DType::BF16, Layout::Rows)
         && (1..=MOST_TOKENS).contains(&tokens)
         && (tokens <= FEW || config.layers.iter().all(|layer| tokens * layer.mixer.d_inner() <= MOST_READ))
         && config.norm == NormKind::RmsNorm
@@ -62,7 +62,7 @@ impl Recorder<'_> {
     /// # Errors
     /// As [`Recorder::step_logits`].
     pub fn step_choice(&mut self, penalty: bool) -> Result<(), Error> {
-        let (ids, logits) = if has_step(self.config, self.form, self.tokens) {
+        let (ids, logits) = if has_step(self.config, &self.form, self.tokens) {
             self.step()?
         } else {
             let hidden = self.hidden()?;
