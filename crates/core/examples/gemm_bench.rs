@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
-use hognose_core::cpu::gemm::{MatMut, MatRef, PackedBuffer, Start, gemm, gemm_serial};
+use hognose_core::cpu::gemm::{MatMut, MatRef, PackedBuffer, Rhs, Start, gemm, gemm_serial};
 use hognose_core::cpu::{Cpu, IsaError, ceiling};
 
 /// The fewest seconds a call took, over about `budget` seconds.
@@ -33,6 +33,7 @@ fn products(cpu: &Cpu, peak: f64) {
         (512, 3072, 768),
         (512, 768, 3072),
         (2048, 3072, 768),
+        (512, 8192, 2048),
         (2048, 768, 1536),
         (2048, 80, 1536),
         (2048, 1536, 48),
@@ -56,13 +57,12 @@ fn products(cpu: &Cpu, peak: f64) {
         let (rows, columns) = (MatRef::new(&w, k, n), MatRef::new(&w, n, k).t());
         let packed = PackedBuffer::<f32>::pack(&cpu.pool, cpu.isa, columns);
         let narrow = PackedBuffer::<bf16>::pack(&cpu.pool, cpu.isa, columns);
-        let mut time = |b: hognose_core::cpu::gemm::Rhs<'_>| {
-            fastest(0.2, || gemm(cpu, MatMut::new(&mut c, m, n), Start::Zero, a, b))
-        };
+        let mut time = |b: Rhs<'_>| fastest(0.2, || gemm(cpu, MatMut::new(&mut c, m, n), Start::Zero, a, b));
         report(m, n, k, "packed", time(packed.matrix().into()));
         report(m, n, k, "packed bf16", time(narrow.matrix().into()));
         report(m, n, k, "x · Wᵀ", time(columns.into()));
         report(m, n, k, "dy · W", time(rows.into()));
+        report(m, n, k, "x · Wᵀ in bf16", time(Rhs::Rounded(columns)));
     }
     // dyᵀ · x: A transposed too.
     let (m, n, k) = (3072, 768, 512);

@@ -341,7 +341,10 @@ impl Device {
     /// Bytes of a matrix `[rows, cols]` in this type and layout.
     pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
         let elements = match (layout, self) {
-            (MatrixLayout::Panels, Device::Cpu(cpu)) => gemm::packed_len(cpu.isa, cols, rows),
+            (MatrixLayout::Panels, Device::Cpu(cpu)) if dtype == DType::BF16 => {
+                gemm::packed_len::<bf16>(cpu.isa, cols, rows)
+            }
+            (MatrixLayout::Panels, Device::Cpu(cpu)) => gemm::packed_len::<f32>(cpu.isa, cols, rows),
             _ => rows * cols,
         };
         elements * dtype.size()

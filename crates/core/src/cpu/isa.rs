@@ -20,6 +20,8 @@ pub const ISA_VARIABLE: &str = "HOGNOSE_ISA";
 /// A level of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// x86-64 with AMX for bf16 and int8: matrix products of bf16 by tiles, everything else as [`Isa::Avx512`].
+    Amx,
     /// x86-64 with AVX-512 F, BW, DQ and VL (and AVX2 and FMA): 16 lanes of f32, 32 registers, masks.
     Avx512,
     /// x86-64 with AVX2 and FMA: 8 lanes of f32, 16 registers.
@@ -35,8 +37,8 @@ pub enum Isa {
 pub enum IsaError {
     /// The name is none of the known levels.
     #[error(
-        "{ISA_VARIABLE} names the instruction set `{found}`; expected avx512, avx2, neon or portable, and this machine has \
-         {available}"
+        "{ISA_VARIABLE} names the instruction set `{found}`; expected amx, avx512, avx2, neon or portable, and this machine \
+         has {available}"
     )]
     Unknown {
         /// The name as given.
@@ -68,11 +70,12 @@ pub trait Kernel {
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
+    const ALL: [Isa; 5] = [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
 
-    /// The best level this machine has.
+    /// The best level this machine has, but for [`Isa::Amx`], which only [`ISA_VARIABLE`] chooses: its products were
+    /// tested against a software form of the tiles, and have not run on a machine that has them.
     pub fn detect() -> Isa {
-        Isa::ALL.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+        Isa::ALL.into_iter().find(|isa| *isa != Isa::Amx && isa.is_available()).unwrap_or(Isa::Portable)
     }
 
     /// All levels this machine has, best first; the last one is always [`Isa::Portable`].
@@ -113,7 +116,7 @@ impl Isa {
     /// The number of f32 lanes in a vector of this level.
     pub fn lanes(self) -> usize {
         match self {
-            Isa::Avx512 => 16,
+            Isa::Amx | Isa::Avx512 => 16,
             Isa::Avx2 | Isa::Portable => 8,
             Isa::Neon => 4,
         }
@@ -124,7 +127,7 @@ impl Isa {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if self.is_available() => {
+            Isa::Amx | Isa::Avx512 if self.is_available() => {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 fn enabled<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
                     kernel.run(simd)
@@ -160,6 +163,7 @@ impl Isa {
             Isa::Avx2 => 2,
             Isa::Neon => 4,
             Isa::Portable => 8,
+            Isa::Amx => 16,
         }
     }
 }
@@ -175,6 +179,9 @@ fn probe() -> u8 {
             bits |= Isa::Avx2.bit();
             if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                 bits |= Isa::Avx512.bit();
+                if super::amx::is_available() {
+                    bits |= Isa::Amx.bit();
+                }
             }
         }
     }
@@ -192,6 +199,7 @@ fn available_names() -> String {
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Isa::Amx => "amx",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
             Isa::Neon => "neon",
@@ -225,7 +233,7 @@ mod tests {
     #[test]
     fn the_best_level_is_the_first_available_one_and_the_portable_one_the_last() {
         let available = Isa::available();
-        assert_eq!(available.first(), Some(&Isa::detect()));
+        assert_eq!(available.iter().find(|isa| **isa != Isa::Amx), Some(&Isa::detect()));
         assert_eq!(available.last(), Some(&Isa::Portable));
     }
 

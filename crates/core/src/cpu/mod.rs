@@ -1,5 +1,6 @@
 //! The layer under every CPU kernel: instruction sets, vectors, functions of them, threads and the matrix product.
 //!
+//! - `amx`: tiles of bf16, where the machine has them;
 //! - [`ceiling`]: what the machine can do, measured;
 //! - [`isa`]: which vector instructions the machine has, and how a kernel written once runs at each level;
 //! - [`simd`]: the vector trait that kernels are generic over;
@@ -10,6 +11,8 @@
 //! Nothing here knows of tensors, graphs or models. Results depend on the level of instructions, never on the number
 //! of threads or on how work is cut into tasks.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod ceiling;
 pub mod gemm;
 pub mod isa;

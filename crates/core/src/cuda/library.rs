@@ -81,6 +81,18 @@ impl Library {
         Ok(())
     }
 
+    /// NVRTC asks the system's loader for a second library of its own while it compiles. Where the loader does not know
+    /// the folder, some versions fail then, unless that library is there already.
+    fn load_companions(self, path: &Path) {
+        let Some(folder) = path.parent().filter(|f| self == Library::Nvrtc && f.is_absolute()) else { return };
+        for file in entries(folder) {
+            if file.file_name().is_some_and(|n| n.to_string_lossy().starts_with("libnvrtc-builtins.so")) {
+                // SAFETY: as in `is_found`.
+                std::mem::forget(unsafe { libloading::Library::new(&file) });
+            }
+        }
+    }
+
     /// Finds the library and loads it.
     ///
     /// # Errors
@@ -88,6 +100,7 @@ impl Library {
     pub(super) fn find(self) -> Result<libloading::Library, Error> {
         let folders = folders();
         let open = |path: &Path| {
+            self.load_companions(path);
             // SAFETY: as in `is_found`.
             let library = unsafe { libloading::Library::new(path) }.ok()?;
             // SAFETY: the functions are looked for, not called.

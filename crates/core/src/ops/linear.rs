@@ -1,7 +1,8 @@
 //! Linear layers: y = x · Wᵀ + bias, and the products of its gradient.
 //!
 //! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32 or bf16, widened exactly), bias `[1, N]`,
-//! y `[T, N]`; sums are f32 chains over k in order, so a row of y has the same bits whatever other rows there are.
+//! y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX: see `cpu::gemm`), so a row of y has the
+//! same bits whatever other rows there are.
 //! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy.
 
 use half::bf16;
@@ -62,12 +63,12 @@ pub(crate) unsafe fn transposed<'a>(weight: Mat, cpu: &Cpu) -> Rhs<'a> {
         (Layout::Rows, _) => Rhs::Strided(unsafe { view(weight) }.t()),
         (Layout::Panels, DType::BF16) => {
             // SAFETY: a packed matrix has this many elements; the caller keeps them unchanged.
-            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<bf16>(), packed_len(cpu.isa, k, n)) };
+            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<bf16>(), packed_len::<bf16>(cpu.isa, k, n)) };
             Rhs::Packed(PackedMatrix::new(cpu.isa, k, n, data))
         }
         (Layout::Panels, _) => {
             // SAFETY: as above.
-            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<f32>(), packed_len(cpu.isa, k, n)) };
+            let data = unsafe { std::slice::from_raw_parts(weight.ptr::<f32>(), packed_len::<f32>(cpu.isa, k, n)) };
             Rhs::Packed(PackedMatrix::new(cpu.isa, k, n, data))
         }
     }

@@ -22,17 +22,17 @@ const COLUMNS: usize = 3072;
 /// Rows of A a task works on: how often a panel of B is used before the next one comes.
 const TASK_ROWS: usize = 384;
 /// Multiply-adds below which a product is not worth waking anybody.
-const SERIAL_WORK: usize = 200_000;
+pub(super) const SERIAL_WORK: usize = 200_000;
 /// Multiply-adds that a task has at least, where there is more than one.
-const TASK_WORK: usize = 100_000;
+pub(super) const TASK_WORK: usize = 100_000;
 /// Tasks a thread gets, about: enough to even out what else the machine does.
-const TASKS_PER_THREAD: usize = 4;
+pub(super) const TASKS_PER_THREAD: usize = 4;
 /// Steps of k packed at a time where a task packs for itself: a slab of a panel stays in L1 for a single tile.
 const SLAB_STEPS: usize = 256;
 /// What packing an element costs, in multiply-adds.
 const PACK_COST: usize = 8;
 /// Elements a packing task moves, about.
-const PACK_WORK: usize = 32_768;
+pub(super) const PACK_WORK: usize = 32_768;
 /// Panels of B from which on packing a transposed A pays. Rows of A that lie in memory as such are never packed:
 /// tiles read them value by value anyway, and measurements show no gain from moving them together.
 const PACK_A_PANELS: usize = 8;
@@ -47,14 +47,14 @@ pub(super) enum Right<'a, W> {
 
 /// The pieces a task needs, sent by address.
 #[derive(Clone, Copy)]
-struct Shared<T>(T);
+pub(super) struct Shared<T>(pub T);
 
 // SAFETY: tasks write disjoint parts of C and of the workspace, and read what nobody writes.
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T: Copy> Shared<T> {
     /// The whole wrapper is captured by closures this way, not its field.
-    fn get(&self) -> T {
+    pub fn get(&self) -> T {
         self.0
     }
 }
@@ -70,7 +70,7 @@ thread_local! {
 }
 
 /// Runs tasks on the pool, or one by one here.
-fn region(pool: Option<&Pool>, tasks: usize, f: impl Fn(usize) + Sync) {
+pub(super) fn region(pool: Option<&Pool>, tasks: usize, f: impl Fn(usize) + Sync) {
     match pool {
         Some(pool) => pool.run(tasks, f),
         None => (0..tasks).for_each(f),
@@ -78,7 +78,7 @@ fn region(pool: Option<&Pool>, tasks: usize, f: impl Fn(usize) + Sync) {
 }
 
 /// Calls `f` with room for `len` values of this thread's own, aligned to cache lines.
-fn with_workspace<T>(len: usize, f: impl FnOnce(*mut f32) -> T) -> T {
+pub(super) fn with_workspace<T>(len: usize, f: impl FnOnce(*mut f32) -> T) -> T {
     let mut workspace = WORKSPACE.take();
     if workspace.len() * 16 < len {
         workspace.resize(len.div_ceil(16), Line([0.0; 16]));
@@ -309,7 +309,7 @@ fn pack<T: Element>(isa: Isa, lines: MatRef<'_, T>, width: usize, to: *mut f32) 
 
 /// The size of the parts if `n` is cut into as few as possible of at most `most`, all about alike and multiples of
 /// `unit`; at least 1.
-fn even(n: usize, most: usize, unit: usize) -> usize {
+pub(super) fn even(n: usize, most: usize, unit: usize) -> usize {
     let parts = n.div_ceil(most).max(1);
     n.div_ceil(parts).next_multiple_of(unit).max(1)
 }

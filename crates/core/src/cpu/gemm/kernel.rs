@@ -25,6 +25,10 @@ pub(super) const fn tile_rows(registers: usize) -> usize {
 
 /// A storage type of packed matrices: f32 or bf16.
 pub trait Weight: Element {
+    /// Whether this is bf16, which tiles multiply.
+    #[doc(hidden)]
+    const IS_BF16: bool;
+
     /// Reads one row of a panel.
     ///
     /// # Safety
@@ -42,6 +46,8 @@ pub trait Weight: Element {
 }
 
 impl Weight for f32 {
+    const IS_BF16: bool = false;
+
     #[inline(always)]
     unsafe fn load_panel_row<S: Simd>(simd: S, from: *const f32) -> [S::V; PANEL_VECTORS] {
         // SAFETY: the caller vouches for two vectors.
@@ -59,6 +65,8 @@ impl Weight for f32 {
 }
 
 impl Weight for bf16 {
+    const IS_BF16: bool = true;
+
     #[inline(always)]
     unsafe fn load_panel_row<S: Simd>(simd: S, from: *const bf16) -> [S::V; PANEL_VECTORS] {
         // SAFETY: the caller vouches for two vectors.

@@ -9,9 +9,12 @@
 //! (0, C or bias) and never split. So its bits depend on its row of A, its column of B and the level of instructions
 //! alone: not on m, n, strides, packing, the number of threads, or the place in C. Blocks of k go on where the ones
 //! before left off, in C. ([`Isa::Portable`] rounds products before adding.)
+//! Products of bf16 by tiles ([`Rhs::Rounded`], and bf16 weights packed for [`Isa::Amx`]) add up in another order, stated
+//! in `tiles`, under the same invariant.
 //!
 //! # Error
 //! |computed − exact| ≤ (k + 1) · 2⁻²⁴ · (|start| + Σ |a| |b|) to first order; twice that for `Isa::Portable`.
+//! By tiles, A and B being rounded first: (k/32 + 18) · 2⁻²⁴ in place of (k + 1) · 2⁻²⁴.
 
 mod drive;
 mod kernel;
@@ -20,6 +23,7 @@ mod pack;
 mod packed;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use super::Cpu;
 use super::isa::Isa;
@@ -37,12 +41,15 @@ pub enum Rhs<'a> {
     Strided(MatRef<'a>),
     /// A matrix packed for the level of instructions in use.
     Packed(PackedMatrix<'a>),
+    /// As `Strided`, but A and B are rounded to bf16 as they are packed, and the product is that of [`Isa::Amx`] for bf16
+    /// weights, at every level.
+    Rounded(MatRef<'a>),
 }
 
 impl Rhs<'_> {
     fn shape(&self) -> (usize, usize) {
         match self {
-            Rhs::Strided(b) => (b.rows(), b.cols()),
+            Rhs::Strided(b) | Rhs::Rounded(b) => (b.rows(), b.cols()),
             Rhs::Packed(b) => (b.k(), b.n()),
         }
     }
@@ -109,12 +116,12 @@ fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: Ma
     let rows = rows_of_tile(isa);
     match b {
         Rhs::Strided(b) => drive::<f32>(pool, isa, c, start, a, Right::Strided(b), rows),
-        Rhs::Packed(b) => {
-            assert_eq!(b.lanes(), isa.lanes(), "B was packed for another level of instructions");
-            match b.data() {
-                Data::F32(data) => drive(pool, isa, c, start, a, Right::Packed(data), rows),
-                Data::Bf16(data) => drive(pool, isa, c, start, a, Right::Packed(data), rows),
-            }
-        }
+        Rhs::Rounded(b) => tiles::drive(pool, isa, c, start, a, tiles::Right::Strided(b)),
+        Rhs::Packed(b) => match b.data() {
+            // Tiles are the same for all levels.
+            Data::Tiles(data) => tiles::drive(pool, isa, c, start, a, tiles::Right::Packed(data)),
+            Data::F32(data) => drive(pool, isa, c, start, a, Right::Packed(b.checked(isa, data)), rows),
+            Data::Bf16(data) => drive(pool, isa, c, start, a, Right::Packed(b.checked(isa, data)), rows),
+        },
     }
 }

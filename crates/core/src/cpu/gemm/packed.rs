@@ -8,11 +8,13 @@ use super::super::simd::{Element, MAX_LANES};
 use super::kernel::{Weight, panel_columns};
 use super::matrix::MatRef;
 use super::pack::Pack;
+use super::tiles;
 
 /// A right-hand side B[k, n] in panels of 2 · lanes columns, each panel `[k][columns]`; columns missing in the last
 /// panel are 0. f32 or bf16 (exactly widened where it is used).
 ///
-/// The layout depends on the number of lanes, so a packed matrix belongs to one level of instructions.
+/// The layout depends on the number of lanes, so a packed matrix belongs to one level of instructions. bf16 for
+/// [`Isa::Amx`] lies in tiles of 16 columns by 32 rows, and products with it round A to bf16.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedMatrix<'a> {
     data: Data<'a>,
@@ -27,14 +29,25 @@ pub struct PackedMatrix<'a> {
 pub enum Data<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    Tiles(&'a [bf16]),
 }
 
-/// The number of elements a packed B[k, n] takes: k times n rounded up to whole panels.
+/// Whether a packed matrix of this type lies in tiles.
+fn in_tiles<W: Weight>(isa: Isa) -> bool {
+    isa == Isa::Amx && W::IS_BF16
+}
+
+/// The number of elements a packed B[k, n] of this type takes: k times n rounded up to whole panels, or both to whole
+/// tiles.
 ///
 /// # Panics
 /// Where that number does not fit into a `usize`.
-pub fn packed_len(isa: Isa, k: usize, n: usize) -> usize {
-    let len = n.checked_next_multiple_of(panel_columns(isa.lanes())).and_then(|columns| columns.checked_mul(k));
+pub fn packed_len<W: Weight>(isa: Isa, k: usize, n: usize) -> usize {
+    let len = if in_tiles::<W>(isa) {
+        tiles::len(n, k)
+    } else {
+        n.checked_next_multiple_of(panel_columns(isa.lanes())).and_then(|columns| columns.checked_mul(k))
+    };
     len.unwrap_or_else(|| panic!("a packed {k} × {n} matrix does not fit into memory"))
 }
 
@@ -44,8 +57,17 @@ pub fn packed_len(isa: Isa, k: usize, n: usize) -> usize {
 /// # Panics
 /// Where `to` has not [`packed_len`] elements.
 pub fn pack_into<T: Element, W: Weight>(pool: &Pool, isa: Isa, b: MatRef<'_, T>, to: &mut [W]) {
-    assert_eq!(to.len(), packed_len(isa, b.rows(), b.cols()), "packed_len elements are needed");
+    assert_eq!(to.len(), packed_len::<W>(isa, b.rows(), b.cols()), "packed_len elements are needed");
     if to.is_empty() {
+        return;
+    }
+    if in_tiles::<W>(isa) {
+        let panel = b.rows().next_multiple_of(tiles::STEPS) * tiles::LINES;
+        pool.chunks_mut(to, panel, |start, to| {
+            let first = start / panel * tiles::LINES;
+            let lines = b.col_range(first..b.cols().min(first + tiles::LINES)).t();
+            isa.run(tiles::PackTiles::new(lines, true, to.as_mut_ptr().cast(), panel));
+        });
         return;
     }
     let lanes = isa.lanes();
@@ -84,8 +106,12 @@ impl<'a> PackedMatrix<'a> {
     /// # Panics
     /// Where `data` has not [`packed_len`] elements.
     pub fn new<W: Weight>(isa: Isa, k: usize, n: usize, data: &'a [W]) -> PackedMatrix<'a> {
-        assert_eq!(data.len(), packed_len(isa, k, n), "packed_len elements are needed");
-        PackedMatrix { data: W::wrap(data), k, n, lanes: isa.lanes() }
+        assert_eq!(data.len(), packed_len::<W>(isa, k, n), "packed_len elements are needed");
+        let data = match W::wrap(data) {
+            Data::Bf16(data) if isa == Isa::Amx => Data::Tiles(data),
+            data => data,
+        };
+        PackedMatrix { data, k, n, lanes: isa.lanes() }
     }
 
     /// The number of rows of B, the inner dimension of the product.
@@ -98,9 +124,10 @@ impl<'a> PackedMatrix<'a> {
         self.n
     }
 
-    /// The lanes of the level it was packed for.
-    pub fn lanes(&self) -> usize {
-        self.lanes
+    /// Panels of this matrix, for a level that they were packed for.
+    pub(super) fn checked<W>(&self, isa: Isa, data: &'a [W]) -> &'a [W] {
+        assert_eq!(self.lanes, isa.lanes(), "B was packed for another level of instructions");
+        data
     }
 
     pub(super) fn data(&self) -> Data<'a> {
@@ -117,6 +144,12 @@ impl<'a> PackedMatrix<'a> {
         match self.data {
             Data::F32(data) => self.read(data, j, to),
             Data::Bf16(data) => self.read(data, j, to),
+            Data::Tiles(data) => {
+                let tiles = self.k.div_ceil(tiles::STEPS);
+                for (i, value) in to.iter_mut().enumerate() {
+                    *value = data[tiles::place(j, i, tiles)].to_f32();
+                }
+            }
         }
     }
 
@@ -146,7 +179,7 @@ struct Line<W>([W; 32]);
 impl<W: Weight> PackedBuffer<W> {
     /// Packs B[k, n]; see [`pack_into`].
     pub fn pack<T: Element>(pool: &Pool, isa: Isa, b: MatRef<'_, T>) -> PackedBuffer<W> {
-        let len = packed_len(isa, b.rows(), b.cols());
+        let len = packed_len::<W>(isa, b.rows(), b.cols());
         let mut memory = vec![Line([W::narrow(0.0); 32]); len.div_ceil(32)];
         // SAFETY: lines have no padding (32 elements of 2 or 4 bytes), so they are `len` elements or more in a row.
         let elements = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast::<W>(), len) };
@@ -156,7 +189,7 @@ impl<W: Weight> PackedBuffer<W> {
 
     /// The matrix.
     pub fn matrix(&self) -> PackedMatrix<'_> {
-        let len = packed_len(self.isa, self.k, self.n);
+        let len = packed_len::<W>(self.isa, self.k, self.n);
         // SAFETY: as in `pack`.
         let elements = unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast::<W>(), len) };
         PackedMatrix::new(self.isa, self.k, self.n, elements)

@@ -121,6 +121,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `from` is valid for reading 2 · `LANES` values.
     unsafe fn load_bf16_pairs(self, from: *const bf16) -> (Self::V, Self::V);
 
+    /// Rounds both to bf16 as [`Simd::store_bf16`] does and puts them together: lane i holds, as bits, the pair of
+    /// `even`'s (below) and `odd`'s lane i. Only to be stored or transposed. The inverse of [`Simd::load_bf16_pairs`].
+    #[inline(always)]
+    fn bf16_pairs(self, even: Self::V, odd: Self::V) -> Self::V {
+        let mut halves = [[bf16::ZERO; MAX_LANES]; 2];
+        let mut pairs = [[bf16::ZERO; 2]; MAX_LANES];
+        // SAFETY: the buffers hold MAX_LANES values or pairs.
+        unsafe {
+            self.store_bf16(halves[0].as_mut_ptr(), even);
+            self.store_bf16(halves[1].as_mut_ptr(), odd);
+            for (i, pair) in pairs.iter_mut().enumerate() {
+                *pair = [halves[0][i], halves[1][i]];
+            }
+            self.load(pairs.as_ptr().cast())
+        }
+    }
+
     /// Transposes the first `LANES` vectors as a square: lane j of vector i becomes lane i of vector j. Vectors past
     /// them are unspecified.
     fn transpose(self, rows: [Self::V; MAX_LANES]) -> [Self::V; MAX_LANES];

@@ -120,6 +120,11 @@ impl Simd for Avx512 {
             }
             b
         }}
+        fn bf16_pairs(self, even: __m512, odd: __m512) -> __m512 {{
+            let (even, odd) = (rounded_512(even), rounded_512(odd));
+            let upper = _mm512_and_si512(odd, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            _mm512_castsi512_ps(_mm512_or_si512(upper, _mm512_srli_epi32::<16>(even)))
+        }}
         fn splat(self, x: f32) -> __m512 { _mm512_set1_ps(x) }
         fn add(self, a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
         fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
@@ -205,6 +210,10 @@ impl Simd for Avx2 {
             }
             a
         }}
+        fn bf16_pairs(self, even: __m256, odd: __m256) -> __m256 {{
+            let (even, odd) = (rounded_256(even), rounded_256(odd));
+            _mm256_castsi256_ps(_mm256_blend_epi16::<0xaa>(_mm256_srli_epi32::<16>(even), odd))
+        }}
         fn splat(self, x: f32) -> __m256 { _mm256_set1_ps(x) }
         fn add(self, a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
         fn sub(self, a: __m256, b: __m256) -> __m256 { _mm256_sub_ps(a, b) }
@@ -289,25 +298,34 @@ unsafe fn widen_512(v: __m256i) -> __m512 {
     unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))) }
 }
 
-/// 16 f32 rounded to bf16: half a unit less one is added, and one more where the last kept bit is odd; a NaN keeps
-/// its upper bits and becomes quiet.
+/// 16 f32 rounded to bf16.
 ///
 /// # Safety
 /// The machine has AVX-512 F.
 #[inline(always)]
 unsafe fn narrow_512(v: __m512) -> __m256i {
     // SAFETY: the caller vouches for the instructions.
+    unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_512(v))) }
+}
+
+/// 16 f32 rounded to bf16 in the upper halves, anything in the lower ones: half a unit less one is added, and one
+/// more where the last kept bit is odd; a NaN keeps its upper bits and becomes quiet.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn rounded_512(v: __m512) -> __m512i {
+    // SAFETY: the caller vouches for the instructions.
     unsafe {
         let bits = _mm512_castps_si512(v);
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-        let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
     }
 }
 
-/// 8 f32 rounded to bf16, as [`narrow_512`] does.
+/// 8 f32 rounded to bf16.
 ///
 /// # Safety
 /// The machine has AVX2.
@@ -315,13 +333,25 @@ unsafe fn narrow_512(v: __m512) -> __m256i {
 unsafe fn narrow_256(v: __m256) -> __m128i {
     // SAFETY: the caller vouches for the instructions.
     unsafe {
+        let rounded = _mm256_srli_epi32::<16>(rounded_256(v));
+        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256::<1>(rounded))
+    }
+}
+
+/// 8 f32 rounded to bf16 in the upper halves, as [`rounded_512`] does.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn rounded_256(v: __m256) -> __m256i {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
         let bits = _mm256_castps_si256(v);
         let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
         let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
         let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
         let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-        let rounded = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
-        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256::<1>(rounded))
+        _mm256_blendv_epi8(rounded, quiet, nan)
     }
 }
 
