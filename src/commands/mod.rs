@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod convert;
+pub mod explain;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
