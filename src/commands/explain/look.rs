@@ -2,7 +2,6 @@
 
 use anyhow::Context;
 use hognose::{DType, LoadOptions, Loaded, Tokenizer};
-use hognose_core::error::human_bytes;
 use hognose_model::config::Mixer;
 use hognose_model::observe::{Observed, observe};
 use hognose_theory::nalgebra::DMatrix;
@@ -100,7 +99,7 @@ fn load(args: &ExplainArgs) -> anyhow::Result<(String, Loaded)> {
     let path = folder.path().to_string_lossy().into_owned();
     let mut loaded = hognose::load(&path, &options(DType::F32)?).map_err(anyhow::Error::from_boxed)?;
     loaded.tokenizer = Some(Tokenizer::Bytes);
-    Ok((format!("the Mamba-2 of {} that ships", human_bytes(WEIGHTS.len() as u64)), loaded))
+    Ok(("the small Mamba-2 that ships".into(), loaded))
 }
 
 /// A token's text with blanks that can be seen.

@@ -16,10 +16,10 @@ use super::report::{Check, Explanation, Table, seconds};
 use crate::HEAP;
 use crate::args::ExplainArgs;
 
-const STATES: usize = 32;
+const STATES: usize = 16;
 const DELTA: f64 = 0.02;
 /// Runge-Kutta substeps between samples.
-const FINE: usize = 4;
+const FINE: usize = 8;
 /// Samples of the picture's curves.
 const SHOWN: usize = 200;
 /// Up to here the convolution is also computed by its definition.
@@ -237,7 +237,7 @@ fn figure(continuous: &[f64], recurrent: &[f64], convolved: &[f64], costs: &[Cos
         ],
     );
     let next = chart(
-        "µs",
+        "μs",
         vec![over("recurrent", 1, &|c| Some(1e6 * c.next[0])), over("convolutional", 0, &|c| Some(1e6 * c.next[1]))],
     );
     let memory = chart(

@@ -19,7 +19,7 @@ const ROWS: usize = 48;
 const STEPS: usize = 60;
 
 /// Kinds of tokens, by what they look like.
-const KINDS: [&str; 5] = ["a space", "a new word", "its first letter", "inside a word", "punctuation"];
+const KINDS: [&str; 5] = ["space", "new word", "first letter", "inside", "punctuation"];
 
 /// A row of the heat map: log₂ of Δ over its median, token by token.
 struct Row {
@@ -128,7 +128,7 @@ So Δ is the gate of a recurrent network: σ(z) = 1 − exp(−softplus(z)), and
 takes the input: after it two different pasts are {:.0e} apart. A Δ near 0 leaves the state alone and ignores the input. \
 Nothing here is an attention score or a nonlinearity on the state: S6 is linear in h; selection acts through Δ, B and C alone.
 
-Below, {} reads {} tokens. In each {} Δ is shown over its median; in {} Δ rises {} times above it at \"{}\" and falls to {} of it at \"{}\".",
+Below, {} reads {} tokens. In each {} Δ is shown over its median; in {} Δ rises to {} times it at \"{}\" and falls to {} times it at \"{}\".",
         apart(&pasts[0], &pasts[1], reset),
         reading.model,
         reading.pieces.len(),
@@ -256,12 +256,9 @@ fn figure(
         Series::line("", if *mean > 0.0 { 0 } else { 1 }, [(at as f64, *mean)]).mark(Mark::Bars(1.4))
     };
     let by_kind = Chart {
-        x: Axis::linear("").from(-0.6, present.len() as f64 - 0.4).ticks(
-            present
-                .iter()
-                .enumerate()
-                .map(|(at, (i, _))| (at as f64, KINDS[*i].rsplit(' ').next().unwrap_or_default().to_string())),
-        ),
+        x: Axis::linear("")
+            .from(-0.6, present.len() as f64 - 0.4)
+            .ticks(present.iter().enumerate().map(|(at, (i, _))| (at as f64, KINDS[*i].to_string()))),
         y: Axis::linear("log₂ (Δ / its median)"),
         series: present.iter().enumerate().map(bar).collect(),
         ..Chart::default()

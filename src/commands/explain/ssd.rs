@@ -177,12 +177,12 @@ fn figure(head: &Head, m: &DMatrix<f64>, values: &[f64], reading: &Reading, show
         blocks: (CHUNK, CHUNK),
         ..Heat::default()
     };
-    let range = m.iter().fold(0.0f64, |r, v| r.max(v.abs())) * 0.7;
+    let range = m.iter().fold(0.0f64, |r, v| r.max(v.abs())).ceil();
     let matrix = Heat { values: cells(m), palette: Palette::Diverging, range: (-range, range), ..mask.clone() };
     let count = 12.min(values.len());
     let ranks = Chart {
         x: Axis::linear("number").from(0.5, count as f64 + 0.5),
-        y: Axis::log("singular value").from(1e-18, 3.0),
+        y: Axis::log("singular value").from(1e-20, 3.0),
         series: vec![
             Series::line(
                 format!("the lower left quarter of M, N = {N}"),

@@ -199,7 +199,7 @@ input alone, so an input that comes later, into a state at rest, gives the same 
     let scaled: Vec<f64> = spring_impulses[0].iter().map(|v| v / largest).collect();
     impulse_series.push(Series::line("spring, any step", 6, curve(&scaled)).mark(Mark::Dotted));
     let impulses = Chart {
-        x: Axis::linear("steps since the impulse"),
+        x: Axis::linear("steps after it"),
         y: Axis::linear("response / largest"),
         series: impulse_series,
         legend: Some(Legend::Above),
@@ -262,11 +262,11 @@ fn every_fourth(y: &[f64]) -> Vec<(f64, f64)> {
     y.iter().enumerate().step_by(4).map(|(k, y)| (k as f64, *y)).collect()
 }
 
-/// y(x + impulse) − y(x) from the impulse on.
+/// y(x + impulse) − y(x) from the step after the impulse on: what it leaves in the state.
 fn added_impulse(y: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], at: usize) -> Vec<f64> {
     let mut with = x.to_vec();
     with[at] += 1.0;
-    y(&with).iter().zip(y(x)).map(|(a, b)| a - b).skip(at).take(60).collect()
+    y(&with).iter().zip(y(x)).map(|(a, b)| a - b).skip(at + 1).take(60).collect()
 }
 
 /// How far the others are from the first, by the largest of all.
