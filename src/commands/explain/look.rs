@@ -131,9 +131,12 @@ impl Layer {
             let (offset, spec) = found.with_context(|| format!("the model has no {name}"))?;
             Ok(weights.buffer().to_vec::<f32>(offset, spec.numel()).into_iter().map(f64::from).collect())
         };
-        let (bias, states, limit) = match mixer {
-            Mixer::Mamba1(m) => (parameter("dt_proj.bias")?, m.d_state, (0.0, f64::INFINITY)),
-            Mixer::Mamba2(m) => (parameter("dt_bias")?, m.d_state, (m.dt_limit.0.into(), m.dt_limit.1.into())),
+        let (bias, states, limit) = if let Mixer::Mamba1(m) = mixer {
+            (parameter("dt_proj.bias")?, m.d_state, (0.0, f64::INFINITY))
+        } else if let Mixer::Mamba2(m) = mixer {
+            (parameter("dt_bias")?, m.d_state, (m.dt_limit.0.into(), m.dt_limit.1.into()))
+        } else {
+            anyhow::bail!("layer {number} is of a kind that explain does not know");
         };
         let (units, dt) = tensor("dt")?;
         let softplus = |x: f64| x.max(0.0) + (-x.abs()).exp().ln_1p();

@@ -19,7 +19,7 @@ use crate::args::ExplainArgs;
 const STATES: usize = 16;
 const DELTA: f64 = 0.02;
 /// Runge-Kutta substeps between samples.
-const FINE: usize = 8;
+const FINE: usize = 16;
 /// Samples of the picture's curves.
 const SHOWN: usize = 200;
 /// Up to here the convolution is also computed by its definition.
