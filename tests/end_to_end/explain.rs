@@ -49,19 +49,7 @@ fn models_of_ones_own_are_looked_into() {
         std::fs::write(copied.path().join(name), contents).unwrap();
     }
     for name in ["selection", "ssd"] {
-        let run = hognose(&[
-            "explain",
-            name,
-            "--device",
-            "cpu",
-            "--model",
-            arg(copied.path()),
-            "--text",
-            "\u{1}\u{2}",
-            "--out",
-            arg(copied.path()),
-        ]);
-        assert!(run.code == 0 || run.stderr.contains("outside the vocabulary"), "{run:?}");
+        explain(name, &["--model", arg(copied.path()), "--text", "a whale"]);
     }
 }
 
