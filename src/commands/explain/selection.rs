@@ -202,7 +202,7 @@ fn kinds(pieces: &[String]) -> Vec<Option<usize>> {
 
 /// One channel with one state: y = h, from rest; B of each step given.
 fn scalar_s6(x: &[f64], raw: &[f64], b: &[f64], a: &[f64], discretisation: Discretisation) -> Vec<f64> {
-    let whole = [0..x.len()];
+    let whole = 0..x.len();
     let operands = Operands {
         channels: 1,
         d_state: 1,
@@ -216,7 +216,7 @@ fn scalar_s6(x: &[f64], raw: &[f64], b: &[f64], a: &[f64], discretisation: Discr
         z: None,
         dt_bias: None,
         initial_state: None,
-        segments: &whole,
+        segments: std::slice::from_ref(&whole),
         softplus: true,
         discretisation,
     };

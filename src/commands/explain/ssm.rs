@@ -293,7 +293,7 @@ impl S6 {
     fn run(&self, x: &[f64]) -> Vec<f64> {
         let a: Vec<f64> = (1..=S6::STATES).map(|n| -(n as f64)).collect();
         let project = |w: &[f64]| x.iter().flat_map(|x| w.iter().map(move |w| w * x)).collect::<Vec<f64>>();
-        let whole = [0..x.len()];
+        let whole = 0..x.len();
         let operands = Operands {
             channels: 1,
             d_state: S6::STATES,
@@ -307,7 +307,7 @@ impl S6 {
             z: None,
             dt_bias: None,
             initial_state: None,
-            segments: &whole,
+            segments: std::slice::from_ref(&whole),
             softplus: true,
             discretisation: Discretisation::Euler,
         };
