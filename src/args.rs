@@ -28,6 +28,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Convert a checkpoint between formats, without loss.
     Convert(ConvertArgs),
+    /// A step of the theory computed, checked and drawn; without a name, what there is.
+    Explain(ExplainArgs),
     /// Measure speed and the share of the machine's ceiling that it is.
     Bench(BenchArgs),
 }
@@ -328,6 +330,26 @@ pub enum FormatArg {
     Original,
     /// config.json + model.safetensors of transformers.
     Huggingface,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// What to explain [default: list what there is].
+    pub name: Option<String>,
+    /// Folder for the picture, NAME.svg and NAME.png.
+    #[arg(long, value_name = "FOLDER", default_value = "explain")]
+    pub out: PathBuf,
+    /// With selection and ssd: a checkpoint to look into [default: a small one that ships].
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: Option<String>,
+    /// With selection and ssd: the text that the model reads.
+    #[arg(long)]
+    pub text: Option<String>,
+    /// Print one JSON object: text, checks, tables and the numbers of the picture.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: Compute,
 }
 
 #[derive(Debug, Args)]

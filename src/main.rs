@@ -16,6 +16,11 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Parser;
+use peak_alloc::PeakAlloc;
+
+/// The system's allocator, which also counts bytes: `explain` says what its computations need.
+#[global_allocator]
+static HEAP: PeakAlloc = PeakAlloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
@@ -26,6 +31,7 @@ fn main() -> ExitCode {
         args::Command::Eval(args) => commands::eval::run(args),
         args::Command::Inspect(args) => commands::inspect::run(args),
         args::Command::Convert(args) => commands::convert::run(args),
+        args::Command::Explain(args) => commands::explain::run(args),
         args::Command::Bench(args) => commands::bench::run(args),
     };
     match result {

@@ -4,6 +4,7 @@ mod checkpoints;
 mod cli;
 mod common;
 mod cuts;
+mod explain;
 mod oracles;
 mod perplexity;
 mod steps;

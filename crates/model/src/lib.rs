@@ -10,6 +10,7 @@ pub mod error;
 pub mod hub;
 pub mod init;
 pub mod network;
+pub mod observe;
 pub mod presets;
 pub mod session;
 pub mod state;

@@ -63,7 +63,9 @@ impl Recorder<'_> {
             // Every released checkpoint was trained with B̄ = ΔB, not with the ZOH of the paper.
             discretisation: Discretisation::Euler,
         };
+        self.observe(layer, &[("x", x), ("dt", dt), ("B", parts[1]), ("C", parts[2]), ("z", z)])?;
         let scan = selective_scan(&mut self.graph, scan)?;
+        self.observe(layer, &[("y", scan.y)])?;
         self.store_state(scan.final_state, state_dest)?;
         self.linear(scan.y, &format!("{name}.mixer.out_proj"))
     }

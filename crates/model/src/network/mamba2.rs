@@ -59,7 +59,12 @@ impl Recorder<'_> {
             softplus: true,
             dt_limit: m.dt_limit,
         };
+        self.observe(layer, &[("x", xbc[0]), ("dt", dt), ("B", xbc[1]), ("C", xbc[2])])?;
+        if !m.rmsnorm {
+            self.observe(layer, &[("z", z)])?;
+        }
         let scan = ssd(&mut self.graph, scan)?;
+        self.observe(layer, &[("y", scan.y)])?;
         self.store_state(scan.final_state, state_dest)?;
         let mut y = scan.y;
         if m.rmsnorm {

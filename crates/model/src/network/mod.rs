@@ -50,6 +50,11 @@ pub fn state_name(layer: usize, part: &str, end: bool) -> String {
     format!("state.{layer}.{part}.{}", if end { "end" } else { "start" })
 }
 
+/// Name of the external with a tensor inside of a layer (see [`Recorder::observing`]).
+pub fn observed_name(layer: usize, what: &str) -> String {
+    format!("observed.{layer}.{what}")
+}
+
 /// What happens to the states of a pack's segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum States {
@@ -75,6 +80,7 @@ pub struct Recorder<'a> {
     segments: TensorId,
     states: States,
     dropout: Option<Dropout>,
+    observed: bool,
 }
 
 struct Dropout {
@@ -100,7 +106,22 @@ impl<'a> Recorder<'a> {
             segments: offsets,
             states,
             dropout: None,
+            observed: false,
         }
+    }
+
+    /// Makes what goes into and comes out of each layer's recurrence an output of the graph, named by
+    /// [`observed_name`]: `x`, `dt` (before bias and softplus), `B`, `C`, `y`, and `z` where the recurrence gates y.
+    pub fn observing(mut self) -> Self {
+        self.observed = true;
+        self
+    }
+
+    fn observe(&mut self, layer: usize, tensors: &[(&str, TensorId)]) -> Result<(), Error> {
+        for &(what, t) in tensors.iter().filter(|_| self.observed) {
+            self.graph.output(observed_name(layer, what), t)?;
+        }
+        Ok(())
     }
 
     /// Applies dropout with this probability to what each mixer and MLP adds to the residual stream.
