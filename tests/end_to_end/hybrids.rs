@@ -58,7 +58,7 @@ fn a_pattern_trains_saves_loads_and_generates() {
     succeeds(&["train", "--resume", &run, "--steps", "14"]);
     // The original format describes one kind of layer.
     let out = arg(&scratch.path().join("original")).to_string();
-    fails(1, &["convert", &run, &out, "--to", "original"], &["layers differ"]);
+    fails(1, &["convert", &run, &out, "--format", "original"], &["layers differ"]);
 }
 
 fn check(exact: bool, found: &Outcome, expected: &Outcome, what: &str) {

@@ -18,8 +18,9 @@ pub struct AttentionConfig {
     pub headdim: usize,
     /// Tokens that a token sees, itself among them. Decides the size of the state.
     pub window: usize,
-    /// Numbers of a head that turn with the position: an even number, 0 for none.
-    pub rotary_dims: usize,
+    /// Numbers of a head that turn with the position: an even number, 0 for none; the whole head where it is not given.
+    #[serde(default)]
+    pub rotary_dims: Option<usize>,
     /// The slowest angle is about one over this.
     #[serde(with = "number")]
     pub rotary_base: f32,
@@ -37,10 +38,15 @@ impl AttentionConfig {
             kv_heads: heads,
             headdim,
             window: 1024,
-            rotary_dims: headdim / 2 * 2,
+            rotary_dims: None,
             rotary_base: 1e4,
             bias: false,
         }
+    }
+
+    /// Numbers of a head that turn.
+    pub fn rotary(&self) -> usize {
+        self.rotary_dims.unwrap_or(self.headdim)
     }
 
     fn validate(&self, check: &Check) -> Result<(), ConfigError> {
@@ -51,8 +57,8 @@ impl AttentionConfig {
             ("window", self.window),
         ])?;
         check.multiple(("heads", self.heads), ("kv_heads", self.kv_heads))?;
-        check.size("rotary_dims", self.rotary_dims, 0, self.headdim)?;
-        check.multiple(("rotary_dims", self.rotary_dims), ("a pair", 2))?;
+        check.size("rotary_dims", self.rotary(), 0, self.headdim)?;
+        check.multiple(("rotary_dims", self.rotary()), ("a pair", 2))?;
         check.number("rotary_base", self.rotary_base, self.rotary_base > 1.0 && self.rotary_base.is_finite(), "above 1")
     }
 

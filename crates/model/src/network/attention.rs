@@ -27,10 +27,10 @@ impl Recorder<'_> {
         let (kv, kv_dest) = self.state(layer, "kv", widths.width("kv"));
         let segments = self.segments;
         let mut turn = |x| {
-            if m.rotary_dims == 0 {
+            if m.rotary() == 0 {
                 return Ok(x);
             }
-            let (dims, base) = (m.rotary_dims, m.rotary_base);
+            let (dims, base) = (m.rotary(), m.rotary_base);
             rotary(&mut self.graph, Rotary { x, headdim: m.headdim, dims, base, position, segments })
         };
         let (q, k) = (turn(parts[0])?, turn(parts[1])?);
