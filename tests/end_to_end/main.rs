@@ -5,6 +5,7 @@ mod cli;
 mod common;
 mod cuts;
 mod explain;
+mod hybrids;
 mod oracles;
 mod perplexity;
 mod steps;

@@ -146,8 +146,8 @@ impl<'m> Session<'m> {
     /// Tokens that are processed at once: a multiple of every chunk grid, so that prompts are cut on it.
     pub fn prefill_tokens(&self) -> usize {
         let chunk = |l: &crate::config::LayerConfig| match &l.mixer {
-            Mixer::Mamba1(_) => 1,
             Mixer::Mamba2(m) => m.chunk_size,
+            _ => 1,
         };
         let grid = self.model.config.layers.iter().map(chunk).fold(1, lcm);
         let tokens = match self.model.device {

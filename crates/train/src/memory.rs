@@ -71,7 +71,7 @@ impl Need {
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
         let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32));
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
-        let state: usize = model.layers.iter().map(LayerState::of).map(|s| 4 * (s.conv + s.ssm)).sum();
+        let state: usize = model.layers.iter().map(|l| 4 * LayerState::of(l).values()).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };
         Ok(Need {
             persistent,

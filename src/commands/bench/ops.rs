@@ -70,14 +70,14 @@ impl Sizes {
     fn mamba1(&self) -> Result<&Mamba1Config, Error> {
         match &self.model.layers[0].mixer {
             Mixer::Mamba1(m) => Ok(m),
-            Mixer::Mamba2(_) => Err(unsupported("a Mamba-1 model's sizes; choose --model mamba-130m or the like")),
+            _ => Err(unsupported("a Mamba-1 model's sizes; choose --model mamba-130m or the like")),
         }
     }
 
     fn mamba2(&self) -> Result<&Mamba2Config, Error> {
         match &self.model.layers[0].mixer {
             Mixer::Mamba2(m) => Ok(m),
-            Mixer::Mamba1(_) => Err(unsupported("a Mamba-2 model's sizes; choose --model mamba2-130m or the like")),
+            _ => Err(unsupported("a Mamba-2 model's sizes; choose --model mamba2-130m or the like")),
         }
     }
 

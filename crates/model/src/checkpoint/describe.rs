@@ -67,6 +67,7 @@ fn architecture(config: &ModelConfig) -> String {
             Mixer::Mamba1(m) if m.dt_b_c_rms.is_some() => "Falcon-Mamba",
             Mixer::Mamba1(_) => "Mamba-1",
             Mixer::Mamba2(_) => "Mamba-2",
+            other => other.kind(),
         };
         if !kinds.contains(&kind) {
             kinds.push(kind);

@@ -1,6 +1,7 @@
 //! The model as a function that writes a graph: layers of `x + mixer(norm(x))`, each perhaps followed by
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
+mod attention;
 mod mamba1;
 mod mamba2;
 mod mlp;
@@ -233,6 +234,7 @@ impl<'a> Recorder<'a> {
             x = match &layer.mixer {
                 Mixer::Mamba1(m) => self.mamba1(i, &name, m, &widths, normed)?,
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
+                Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);

@@ -36,6 +36,7 @@ pub fn has_step(config: &ModelConfig, form: &Form, tokens: usize) -> bool {
         let mixer = match &layer.mixer {
             Mixer::Mamba1(m) => eights(m.d_inner) && m.d_state <= scan_step::MOST && m.dt_rank <= scan_step::MOST,
             Mixer::Mamba2(m) => eights(m.d_inner) && m.d_state <= ssd_step::MOST,
+            _ => false,
         };
         mixer && eights(layer.d_intermediate.unwrap_or(0))
     };
@@ -117,6 +118,10 @@ impl Recorder<'_> {
             let (y, scale) = match &layer.mixer {
                 Mixer::Mamba1(m) => (self.mamba1_step(i, &name, m, &widths, input, slots)?, None),
                 Mixer::Mamba2(m) => self.mamba2_step(i, &name, m, &widths, input, slots)?,
+                other => {
+                    let message = format!("{} has no fused step", other.kind());
+                    return Err(Error::Unsupported { op: "step", message });
+                }
             };
             input = self.step_residual(y, scale, &format!("{name}.mixer.out_proj"), input.stream, next.next())?;
             if layer.d_intermediate.is_some() {
@@ -192,7 +197,7 @@ impl Recorder<'_> {
         input: Input,
         slots: Option<TensorId>,
     ) -> Result<TensorId, Error> {
-        let xz = self.step_in_proj((layer, name), (0, widths.conv), input, slots)?;
+        let xz = self.step_in_proj((layer, name), (0, widths.width("conv")), input, slots)?;
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
         let (x, z) = (parts[0], parts[1]);
         let weight = self.param(&format!("{name}.mixer.x_proj.weight"));
@@ -207,7 +212,7 @@ impl Recorder<'_> {
             dt_bias: Some(self.param(&format!("{name}.mixer.dt_proj.bias"))),
             a: self.transition(name)?,
             d: Some(self.param(&format!("{name}.mixer.D"))),
-            state: self.step_state(layer, "ssm", widths.ssm),
+            state: self.step_state(layer, "ssm", widths.width("ssm")),
             slots,
         };
         scan_step(&mut self.graph, step)
@@ -223,7 +228,7 @@ impl Recorder<'_> {
         slots: Option<TensorId>,
     ) -> Result<(TensorId, Option<RowScale>), Error> {
         let (mlp, bc) = (m.d_mlp(), m.ngroups * m.d_state);
-        let projected = self.step_in_proj((layer, name), (2 * mlp + m.d_ssm, widths.conv), input, slots)?;
+        let projected = self.step_in_proj((layer, name), (2 * mlp + m.d_ssm, widths.width("conv")), input, slots)?;
         let parts = split(&mut self.graph, projected, &[mlp, mlp, m.d_ssm, m.d_ssm, bc, bc, m.nheads()])?;
         let z = parts[2];
         // The factor of the norm belongs to whole rows only where the norm does.
@@ -247,7 +252,7 @@ impl Recorder<'_> {
             headdim: m.headdim,
             d_state: m.d_state,
             gate,
-            state: self.step_state(layer, "ssm", widths.ssm),
+            state: self.step_state(layer, "ssm", widths.width("ssm")),
             slots,
         };
         let (mut y, squares) = ssd_step(&mut self.graph, step)?;
