@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         args::Command::Forward(args) => commands::forward::run(args),
         args::Command::Inspect(args) => commands::inspect::run(args),
         args::Command::Convert(args) => commands::convert::run(args),
+        args::Command::Quantize(args) => commands::quantize::run(args),
         args::Command::Bench(args) => commands::bench::run(args),
     };
     match result {

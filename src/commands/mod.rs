@@ -5,6 +5,7 @@ pub mod convert;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
+pub mod quantize;
 pub mod train;
 
 use hognose::{DType, LoadOptions, Loaded};
