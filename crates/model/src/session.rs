@@ -348,7 +348,7 @@ impl<'m> Session<'m> {
 ///
 /// # Errors
 /// Sizes that the configuration's ops refuse.
-pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows: usize) -> Result<Graph, Error> {
+pub fn graph(config: &ModelConfig, form: &Form, slots: usize, tokens: usize, rows: usize) -> Result<Graph, Error> {
     let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
     let mut hidden = recorder.hidden()?;
     if rows > 0 {
@@ -365,7 +365,7 @@ pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows
 ///
 /// # Errors
 /// Sizes that the ops refuse; [`has_step`] says beforehand whether they do.
-pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
+pub fn step_graph(config: &ModelConfig, form: &Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
     let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
     let logits = recorder.step_logits()?;
     recorder.graph.output(LOGITS, logits)?;
@@ -379,7 +379,7 @@ pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize)
 /// As [`step_graph`].
 pub fn choice_graph(
     config: &ModelConfig,
-    form: Form,
+    form: &Form,
     slots: usize,
     tokens: usize,
     penalty: bool,

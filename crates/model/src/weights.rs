@@ -1,6 +1,7 @@
 //! A model's parameters in the memory of a device, in one buffer.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use hognose_core::graph::Layout;
 use hognose_core::{Buffer, DType, Device, Slice};
@@ -16,14 +17,17 @@ const ALIGNMENT: usize = 64;
 const FINGERPRINT_SAMPLES: usize = 1024;
 
 /// How parameters lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
     /// f32 and row-major, as the optimizer updates them. With bf16 there is a copy of them rounded to bf16, which
     /// matrix products read; activations are bf16 then.
     Training(DType),
     /// Matrices in this type and in the layout that the device's products read, A_log replaced by A = −exp(A_log); the
-    /// rest in f32.
+    /// rest in f32. Where blocks are asked for, see [`matrix_dtype`].
     Inference(DType, Layout),
+    /// The same with a type for each matrix, by name: the types that a file of quantised weights has them in. Matrices
+    /// without one take f32.
+    Stored(Arc<BTreeMap<String, DType>>, Layout),
 }
 
 impl Form {
@@ -33,36 +37,55 @@ impl Form {
     }
 
     /// Type and layout of a parameter.
-    pub fn of(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
-        match (self, spec.kind) {
-            (Form::Inference(dtype, layout), ParamKind::Matrix) => (dtype, layout),
-            // A tied embedding is a matrix of a product, too; an untied one is only looked up.
-            (Form::Inference(dtype, layout), ParamKind::Embedding) if config.tie_embeddings => (dtype, layout),
-            (Form::Inference(dtype, _), ParamKind::Embedding) => (dtype, Layout::Rows),
-            _ => (DType::F32, Layout::Rows),
+    pub fn of(&self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+        if !matches!(spec.kind, ParamKind::Matrix | ParamKind::Embedding) {
+            return (DType::F32, Layout::Rows);
         }
+        let (dtype, layout) = match self {
+            Form::Training(_) => return (DType::F32, Layout::Rows),
+            Form::Inference(dtype, layout) => (matrix_dtype(*dtype, spec, config), *layout),
+            Form::Stored(types, layout) => (types.get(&spec.name).copied().unwrap_or(DType::F32), *layout),
+        };
+        // A tied embedding is a matrix of a product, too; an untied one is only looked up.
+        let looked_up = spec.kind == ParamKind::Embedding && !config.tie_embeddings;
+        (dtype, if looked_up { Layout::Rows } else { layout })
     }
 
     /// The type in which an op reads a parameter: for matrices that of the rounded copy, if there is one.
-    pub fn read_as(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+    pub fn read_as(&self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
         match (self, spec.kind) {
-            (Form::Training(dtype), ParamKind::Matrix | ParamKind::Embedding) => (dtype, Layout::Rows),
+            (Form::Training(dtype), ParamKind::Matrix | ParamKind::Embedding) => (*dtype, Layout::Rows),
             _ => self.of(spec, config),
         }
     }
 
     /// Type of the activations: bf16 only where row-major bf16 weights are, on a GPU.
-    pub fn activations(self) -> DType {
+    pub fn activations(&self) -> DType {
         match self {
-            Form::Training(dtype) | Form::Inference(dtype, Layout::Rows) => dtype,
-            Form::Inference(_, Layout::Panels) => DType::F32,
+            Form::Training(dtype) | Form::Inference(dtype @ (DType::F32 | DType::BF16), Layout::Rows) => *dtype,
+            Form::Inference(_, Layout::Rows) | Form::Stored(_, Layout::Rows) => DType::BF16,
+            Form::Inference(_, Layout::Panels) | Form::Stored(_, Layout::Panels) => DType::F32,
         }
     }
 
-    /// Bytes of the rounded copy beside parameters of this size.
-    fn copy_bytes(self, bytes: usize) -> usize {
-        if self == Form::Training(DType::BF16) { bytes / 2 } else { 0 }
+    /// Whether A_log is replaced by A.
+    pub fn is_for_inference(&self) -> bool {
+        !matches!(self, Form::Training(_))
     }
+
+    /// Bytes of the rounded copy beside parameters of this size.
+    fn copy_bytes(&self, bytes: usize) -> usize {
+        if *self == Form::Training(DType::BF16) { bytes / 2 } else { 0 }
+    }
+}
+
+/// The type of a matrix or an embedding where `dtype` is asked for. Types of blocks are not for everything: with Q4_K
+/// the output matrix, tied or not, is Q6_K, since its errors reach the result undamped (as llama.cpp's Q4_K_M has it),
+/// and rows that blocks do not fit take Q8_0.
+pub fn matrix_dtype(dtype: DType, spec: &ParamSpec, config: &ModelConfig) -> DType {
+    let output = spec.name == "lm_head.weight" || spec.kind == ParamKind::Embedding && config.tie_embeddings;
+    let dtype = if output && dtype == DType::Q4_K { DType::Q6_K } else { dtype };
+    dtype.for_rows_of(matrix_shape(&spec.shape).1)
 }
 
 /// Prefix of the externals that are copies of parameters rounded to bf16.
@@ -104,17 +127,21 @@ struct Entry {
 
 impl Weights {
     /// Bytes that the parameters of a model take.
-    pub fn required_bytes(device: &Device, config: &ModelConfig, form: Form) -> usize {
+    pub fn required_bytes(device: &Device, config: &ModelConfig, form: &Form) -> usize {
         let bytes = config.parameters().iter().map(|spec| padded_bytes(device, spec, form.of(spec, config))).sum();
         bytes + form.copy_bytes(bytes)
     }
 
     /// Memory for the parameters of a model, all zero.
+    ///
+    /// # Errors
+    /// A type that the device does not compute with; too little memory.
     pub fn zeros(device: &Device, config: &ModelConfig, form: Form) -> Result<Weights, Error> {
         let mut entries = BTreeMap::new();
         let mut offset = 0;
         for spec in config.parameters() {
             let (dtype, layout) = form.of(&spec, config);
+            device.check_weights(dtype)?;
             let bytes = padded_bytes(device, &spec, (dtype, layout));
             entries.insert(spec.name.clone(), Entry { spec, offset, dtype, layout });
             offset += bytes;
@@ -161,7 +188,7 @@ impl Weights {
             self.hasher.update(&v.to_le_bytes());
         });
         let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
-        if matches!(self.form, Form::Inference(..)) && name.ends_with(".A_log") {
+        if self.form.is_for_inference() && name.ends_with(".A_log") {
             let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
             device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
         } else {
@@ -185,8 +212,8 @@ impl Weights {
     }
 
     /// How the parameters lie in memory.
-    pub fn form(&self) -> Form {
-        self.form
+    pub fn form(&self) -> &Form {
+        &self.form
     }
 
     /// Bytes of all parameters, without rounded copies.

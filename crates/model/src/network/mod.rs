@@ -85,14 +85,14 @@ struct Dropout {
 
 impl<'a> Recorder<'a> {
     /// Starts a graph. `form` says how the parameters lie in memory.
-    pub fn new(config: &'a ModelConfig, form: Form, tokens: usize, segments: usize, states: States) -> Recorder<'a> {
+    pub fn new(config: &'a ModelConfig, form: &Form, tokens: usize, segments: usize, states: States) -> Recorder<'a> {
         let mut graph = Graph::new();
         let offsets = graph.external(SEGMENTS, DType::I32, 1, segments + 1);
         let specs = config.parameters().into_iter().map(|p| (p.name.clone(), p)).collect();
         Recorder {
             graph,
             config,
-            form,
+            form: form.clone(),
             specs,
             params: BTreeMap::new(),
             tokens,
@@ -139,9 +139,9 @@ impl<'a> Recorder<'a> {
     /// A = −exp(A_log): computed in the graph for training, once at loading for inference.
     fn transition(&mut self, layer: &str) -> Result<TensorId, Error> {
         let a_log = self.param(&format!("{layer}.mixer.A_log"));
-        match self.form {
+        match &self.form {
             Form::Training(_) => hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log),
-            Form::Inference(..) => Ok(a_log),
+            Form::Inference(..) | Form::Stored(..) => Ok(a_log),
         }
     }
 

@@ -24,7 +24,7 @@ use crate::state::LayerState;
 use crate::weights::Form;
 
 /// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16, for RMSNorm and for widths in eights.
-pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
+pub fn has_step(config: &ModelConfig, form: &Form, tokens: usize) -> bool {
     let eights = |n: usize| n.is_multiple_of(8);
     let fits = |layer: &LayerConfig| {
         let mixer = match &layer.mixer {
@@ -33,7 +33,7 @@ pub fn has_step(config: &ModelConfig, form: Form, tokens: usize) -> bool {
         };
         mixer && eights(layer.d_intermediate.unwrap_or(0))
     };
-    form == Form::Inference(DType::BF16, Layout::Rows)
+    *form == Form::Inference(DType::BF16, Layout::Rows)
         && (1..=MOST_TOKENS).contains(&tokens)
         && config.norm == NormKind::RmsNorm
         && eights(config.d_model)
@@ -55,7 +55,7 @@ impl Recorder<'_> {
     /// # Errors
     /// As [`Recorder::step_logits`].
     pub fn step_choice(&mut self, penalty: bool) -> Result<(), Error> {
-        let (ids, logits) = if has_step(self.config, self.form, self.tokens) {
+        let (ids, logits) = if has_step(self.config, &self.form, self.tokens) {
             self.step()?
         } else {
             let hidden = self.hidden()?;

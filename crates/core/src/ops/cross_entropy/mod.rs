@@ -144,7 +144,7 @@ impl Op for Fused {
         ])
     }
 
-    fn bf16_weight(&self) -> Option<usize> {
+    fn narrow_weight(&self) -> Option<usize> {
         Some(1)
     }
 
