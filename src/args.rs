@@ -44,7 +44,7 @@ pub struct Compute {
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
     /// Type of the matrices in products; on a GPU also of stored activations. States, norms and parameters that are
-    /// trained stay f32.
+    /// trained stay f32. q8_0 and q4_k are for using a model on a CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
     /// Threads on the CPU [default: all cores].
@@ -78,6 +78,12 @@ impl RecomputeArg {
 pub enum DTypeArg {
     F32,
     Bf16,
+    /// Blocks of 32 numbers with a scale, 8 bits each.
+    #[value(name = "q8_0")]
+    Q8,
+    /// Blocks of 256 numbers with scales and minima, 4 bits each; the output matrix takes 6 bits.
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl DTypeArg {
@@ -85,6 +91,16 @@ impl DTypeArg {
         match self {
             DTypeArg::F32 => DType::F32,
             DTypeArg::Bf16 => DType::BF16,
+            DTypeArg::Q8 => DType::Q8_0,
+            DTypeArg::Q4K => DType::Q4_K,
+        }
+    }
+
+    /// Refuses types that only weights for inference have.
+    pub fn check_trains(self) -> Result<(), Usage> {
+        match self.dtype() {
+            DType::F32 | DType::BF16 => Ok(()),
+            dtype => Err(Usage(format!("{dtype} is a type of weights that are only read; use f32 or bf16 here"))),
         }
     }
 }

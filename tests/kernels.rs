@@ -51,11 +51,11 @@ fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {
         UpdatePlan::graph(1 << 20, std::iter::once(0..1000).collect(), dtype == DType::BF16).unwrap(),
     ];
     for (slots, tokens, rows) in [(1, 2048, 1), (1, 1, 1), (4, 4, 4), (64, 64, 64)] {
-        all.push(graph(config, form, slots, tokens, rows).unwrap());
+        all.push(graph(config, &form, slots, tokens, rows).unwrap());
     }
     for (slots, tokens, penalty) in [(1, 1, false), (12, 12, true), (30, 24, false), (64, 64, false)] {
-        if has_step(config, form, tokens) {
-            all.push(choice_graph(config, form, slots, tokens, penalty).unwrap());
+        if has_step(config, &form, tokens) {
+            all.push(choice_graph(config, &form, slots, tokens, penalty).unwrap());
         }
     }
     // One long sequence is cut in time.

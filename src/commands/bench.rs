@@ -16,7 +16,7 @@ use hognose_engine::{Sampler, Sampling};
 use hognose_model::checkpoint::Checkpoint;
 use hognose_model::presets;
 use hognose_model::session::Model;
-use hognose_model::weights::{Form, Weights};
+use hognose_model::weights::{Form, Weights, matrix_shape};
 use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 use crate::args::{BenchArgs, DTypeArg, Mode, Usage};
@@ -46,7 +46,10 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     let form = if args.mode == Mode::Train { Form::Training(dtype) } else { Form::inference(&device, dtype) };
-    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (form, &device) {
+    if let (Mode::Train, Some(dtype)) = (args.mode, args.compute.dtype) {
+        dtype.check_trains()?;
+    }
+    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (&form, &device) {
         let message = "training in bf16 needs a GPU; use --dtype f32 on the CPU";
         return Err(Usage(message.into()).into());
     }
@@ -229,14 +232,17 @@ fn untouched_bytes(model: &Model) -> usize {
         return 0;
     }
     let embedding = model.weights.entries().find(|(_, spec)| spec.name == "backbone.embedding.weight");
-    embedding.map_or(0, |(_, spec)| spec.numel() * model.weights.form().of(spec, &model.config).0.size())
+    embedding.map_or(0, |(_, spec)| {
+        let (rows, cols) = matrix_shape(&spec.shape);
+        rows * model.weights.form().of(spec, &model.config).0.row_bytes(cols)
+    })
 }
 
 fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let Model { config, weights, device } = model;
     let tokens = args.batch * args.length;
     let shape = StepShape {
-        form: model.weights.form(),
+        form: model.weights.form().clone(),
         tokens,
         segments: args.batch,
         carry_state: false,

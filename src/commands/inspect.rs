@@ -8,9 +8,9 @@ use hognose_core::DType;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Layout;
 use hognose_model::checkpoint;
-use hognose_model::config::Mixer;
+use hognose_model::config::{Mixer, ParamSpec};
 use hognose_model::state::{self, LayerState};
-use hognose_model::weights::Form;
+use hognose_model::weights::{Form, matrix_shape};
 
 use crate::args::InspectArgs;
 use crate::terminal::thousands;
@@ -110,7 +110,11 @@ struct Memory {
 impl Memory {
     fn of(config: &ModelConfig) -> Memory {
         let bytes = |form: Form| -> u64 {
-            config.parameters().iter().map(|p| p.numel() as u64 * form.of(p, config).0.size() as u64).sum()
+            let bytes = |p: &ParamSpec| {
+                let (rows, cols) = matrix_shape(&p.shape);
+                (rows * form.of(p, config).0.row_bytes(cols)) as u64
+            };
+            config.parameters().iter().map(bytes).sum()
         };
         let state = config.layers.iter().map(LayerState::of).map(|l| 4 * (l.conv + l.ssm) as u64).sum();
         Memory {

@@ -371,6 +371,10 @@ impl Device {
         }
     }
 
+    /// Rows that lie together in every layout: the rows of a matrix from a multiple of this on may be written as a matrix
+    /// of their own, [`Device::matrix_bytes`] of the rows before them behind its start.
+    pub const ROW_GROUP: usize = 64;
+
     /// Stores a row-major matrix `[rows, cols]` at byte `offset` in the type and layout that a plan expects of an
     /// external tensor. Numbers are rounded to nearest where the type is narrower; see [`crate::quant`] for blocks.
     ///

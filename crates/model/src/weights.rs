@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hognose_core::graph::Layout;
-use hognose_core::{Buffer, DType, Device, Slice};
+use hognose_core::{Buffer, DType, Device, Slice, quant};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{ModelConfig, ParamKind, ParamSpec};
@@ -15,6 +15,8 @@ use crate::init;
 const ALIGNMENT: usize = 64;
 /// Values of a tensor that go into the fingerprint.
 const FINGERPRINT_SAMPLES: usize = 1024;
+/// Numbers of a tensor that are in memory as f32 at a time while it is loaded, about.
+const PIECE: usize = 1 << 20;
 
 /// How parameters lie in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,48 +158,60 @@ impl Weights {
     /// # Errors
     /// Damaged numbers in the checkpoint; too little memory.
     pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
-        let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
-        Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)
+        let mut weights = Weights::zeros(device, &checkpoint.config, form)?;
+        let mut piece = Vec::new();
+        for tensor in checkpoint.tensors() {
+            let (rows, cols) = matrix_shape(&tensor.shape);
+            let step = (PIECE / cols.max(1)).max(1).next_multiple_of(Device::ROW_GROUP);
+            for first in (0..rows).step_by(step) {
+                piece.resize(step.min(rows - first) * cols, 0.0);
+                checkpoint.read_f32_part(&tensor.name, first * cols, &mut piece)?;
+                weights.set_rows(device, &tensor.name, first, &piece)?;
+            }
+        }
+        Ok(weights)
     }
 
     /// Starting values from a seed.
     pub fn initialise(device: &Device, config: &ModelConfig, form: Form, seed: u64) -> Result<Weights, Error> {
-        Weights::zeros(device, config, form)?.fill(device, init::initialise(config, seed).map(Ok))
-    }
-
-    /// Fills the memory with tensors given in the order of [`ModelConfig::parameters`].
-    fn fill(
-        mut self,
-        device: &Device,
-        tensors: impl Iterator<Item = Result<(String, Vec<f32>), Error>>,
-    ) -> Result<Weights, Error> {
-        for tensor in tensors {
-            let (name, values) = tensor?;
-            self.set(device, &name, &values);
+        let mut weights = Weights::zeros(device, config, form)?;
+        for (name, values) in init::initialise(config, seed) {
+            weights.set_rows(device, &name, 0, &values)?;
         }
-        Ok(self)
+        Ok(weights)
     }
 
-    /// Sets one parameter from its values in row-major order. Panics if there is none of that name and size.
-    fn set(&mut self, device: &Device, name: &str, values: &[f32]) {
+    /// Sets rows of a parameter from row `first` on, a multiple of [`Device::ROW_GROUP`]; parameters come in the order of
+    /// [`ModelConfig::parameters`], rows in theirs.
+    fn set_rows(&mut self, device: &Device, name: &str, first: usize, values: &[f32]) -> Result<(), Error> {
         let entry = &self.entries[name];
-        assert_eq!(values.len(), entry.spec.numel(), "{name}");
-        self.hasher.update(name.as_bytes());
-        let stride = values.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
-        values.iter().step_by(stride).for_each(|v| {
+        let (_, cols) = matrix_shape(&entry.spec.shape);
+        let (place, shape) = ((entry.dtype, entry.layout), (values.len() / cols.max(1), cols));
+        if entry.dtype.blocks().is_some()
+            && let Some(&value) = values.iter().find(|v| v.abs() > quant::LARGEST)
+        {
+            return Err(Error::Magnitude { name: name.into(), value, dtype: entry.dtype });
+        }
+        if first == 0 {
+            self.hasher.update(name.as_bytes());
+        }
+        let stride = entry.spec.numel().div_ceil(FINGERPRINT_SAMPLES).max(1);
+        let skip = (first * cols).next_multiple_of(stride) - first * cols;
+        values.iter().skip(skip).step_by(stride).for_each(|v| {
             self.hasher.update(&v.to_le_bytes());
         });
-        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
+        let offset = entry.offset + device.matrix_bytes(entry.dtype, entry.layout, first, cols);
         if self.form.is_for_inference() && name.ends_with(".A_log") {
             let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
-            device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
+            device.write_matrix(&mut self.buffer, offset, place, shape, &a);
         } else {
-            device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
+            device.write_matrix(&mut self.buffer, offset, place, shape, values);
         }
         if self.rounded.bytes() > 0 {
             let place = (DType::BF16, Layout::Rows);
-            device.write_matrix(&mut self.rounded, entry.offset / 2, place, shape, values);
+            device.write_matrix(&mut self.rounded, entry.offset / 2 + 2 * first * cols, place, shape, values);
         }
+        Ok(())
     }
 
     /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form

@@ -141,6 +141,7 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
         let known: Vec<&str> = BENCHES.iter().map(|b| b.name).collect();
         return Err(Usage(format!("there is no bench of an op \"{name}\"; there are {}", known.join(", "))).into());
     };
+    args.compute.dtype.map_or(Ok(()), DTypeArg::check_trains)?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     let model = presets::preset(args.model.as_deref().unwrap_or(bench.preset))?;
     let sizes = Sizes { model, tokens: args.batch * args.length, segments: args.batch, width: args.width };

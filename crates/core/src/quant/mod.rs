@@ -101,7 +101,12 @@ impl Kind {
     }
 }
 
-/// Encodes a row, filled up with zeros to whole blocks. Magnitudes that no scale reaches (about 8 million) saturate.
+/// Magnitudes beyond this cannot be encoded: 63 of the largest 16-bit scale is the lowest minimum of Q4_K, which reaches
+/// least.
+pub const LARGEST: f32 = 4e6;
+
+/// Encodes a row, filled up with zeros to whole blocks. Magnitudes above [`LARGEST`] come out wrong, though finite:
+/// callers refuse them.
 ///
 /// # Panics
 /// Where `to` has not [`DType::row_bytes`], or the type is none of blocks.
@@ -156,10 +161,14 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
     half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// Stores a number as f16, at most the largest finite one, and returns what was stored.
+/// Stores a scale as f16 and returns what was stored: rounded away from 0, so that the largest number of the block stays
+/// within reach also where f16 has few digits left; at most the largest finite one.
 fn put_f16(block: &mut [u8], at: usize, value: f32) -> f32 {
     let limit = half::f16::MAX.to_f32();
-    let stored = half::f16::from_f32(value.clamp(-limit, limit));
+    let value = value.clamp(-limit, limit);
+    let near = half::f16::from_f32(value);
+    let short = near.to_f32().abs() < value.abs();
+    let stored = half::f16::from_bits(near.to_bits() + u16::from(short));
     block[at..at + 2].copy_from_slice(&stored.to_le_bytes());
     stored.to_f32()
 }

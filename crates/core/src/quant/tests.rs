@@ -24,6 +24,31 @@ fn rms(values: impl Iterator<Item = f32>) -> f32 {
     (sum / f64::from(n.max(1))).sqrt() as f32
 }
 
+fn from_hex(text: &str) -> Vec<u8> {
+    text.as_bytes().as_chunks::<2>().0.iter().map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap()).collect()
+}
+
+/// Random blocks and what the Python package gguf (`gguf.quants.dequantize`) makes of them: kind, bytes, f32.
+#[test]
+fn blocks_decode_as_in_the_python_package() {
+    use Kind::*;
+    let kinds = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K];
+    for (kind, line) in kinds.iter().zip(include_str!("vectors.txt").lines()) {
+        let [name, block, values] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("three words a line") };
+        assert_eq!(name, format!("{kind:?}"));
+        let (block, values) = (from_hex(block), from_hex(values));
+        assert_eq!((block.len(), values.len()), (kind.block_bytes(), 4 * kind.block_len()));
+        let expected: Vec<u32> = values.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let mut out = vec![f32::NAN; kind.block_len()];
+        kind.decode(&block, &mut out);
+        assert_eq!(out.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected, "{name}");
+        // The beginning of a block.
+        let mut out = vec![f32::NAN; 5];
+        kind.decode(&block, &mut out);
+        assert_eq!(out.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected[..5], "{name}");
+    }
+}
+
 #[test]
 fn errors_stay_within_their_bounds() {
     for (dtype, bound) in [(DType::Q8_0, Q8_0_RMS), (DType::Q6_K, Q6_K_RMS), (DType::Q4_K, Q4_K_RMS)] {

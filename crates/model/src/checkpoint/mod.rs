@@ -217,7 +217,23 @@ impl Checkpoint {
     /// An unknown name, memory of another size, or damaged numbers.
     pub fn read_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), CheckpointError> {
         let stored = self.stored_of_length(name, out.len())?;
-        stored.read_f32(out).map_err(|e| self.value_error(name, e))
+        stored.read_f32(0, out).map_err(|e| self.value_error(name, e))
+    }
+
+    /// A part of a tensor as f32: numbers from `first` on, in row-major order. Memory of the mapped file that only this
+    /// part needed is given back.
+    ///
+    /// # Errors
+    /// An unknown name, more numbers than the tensor has, or damaged ones.
+    pub fn read_f32_part(&self, name: &str, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let stored = self.stored(name)?;
+        let (expected, found) = (stored.numel(), first.saturating_add(out.len()));
+        if found > expected {
+            return Err(CheckpointError::Length { name: name.into(), found, expected });
+        }
+        stored.read_f32(first, out).map_err(|e| self.value_error(name, e))?;
+        stored.forget(first..first + out.len());
+        Ok(())
     }
 
     /// As [`Checkpoint::bytes`], in the type that [`Dtype::plain`] says: blocks are decoded to f32.
@@ -233,7 +249,7 @@ impl Checkpoint {
         let mut stored = self.stored(name)?.clone();
         let has_a = std::mem::replace(&mut stored.negated_exp, false);
         let mut values = vec![0.0; stored.numel()];
-        stored.read_f32(&mut values).map_err(|e| self.value_error(name, e))?;
+        stored.read_f32(0, &mut values).map_err(|e| self.value_error(name, e))?;
         if !has_a {
             values.iter_mut().for_each(|v| *v = -f64::from(*v).exp() as f32);
         }

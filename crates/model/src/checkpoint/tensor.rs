@@ -2,10 +2,11 @@
 
 use half::{bf16, f16};
 use hognose_core::quant::Kind;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -79,6 +80,9 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// Bytes of a file that a checksum reads at a time.
+const HASHED: usize = 1 << 22;
+
 /// A file mapped into memory.
 #[derive(Debug)]
 pub(super) struct Mapped {
@@ -98,6 +102,20 @@ impl Mapped {
 
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Takes whole pages inside of a range out of memory; whoever reads them again gets them from the file again.
+    pub(super) fn forget(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            const PAGE: usize = 1 << 16; // A multiple of the pages of all machines.
+            let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: nobody writes this map, so its pages hold what the file holds, now and when they come back.
+                // That it may fail does not matter: it only saves memory.
+                let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
     }
 }
 
@@ -149,21 +167,38 @@ impl Stored {
     /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it, or other
     /// ones are meant.
     pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>, ValueError> {
+        self.part(0..self.numel())
+    }
+
+    /// As [`Stored::bytes`], of some numbers in row-major order.
+    fn part(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, ValueError> {
         let file = self.file.bytes();
         if let Some(c) = &self.checked {
-            let good = c.good.get_or_init(|| crc32fast::hash(&file[c.start..c.start + c.len]) == c.crc32);
+            let good = c.good.get_or_init(|| {
+                let mut hasher = crc32fast::Hasher::new();
+                for start in (c.start..c.start + c.len).step_by(HASHED) {
+                    let end = (c.start + c.len).min(start + HASHED);
+                    hasher.update(&file[start..end]);
+                    self.file.forget(start..end);
+                }
+                hasher.finalize() == c.crc32
+            });
             if !good {
                 return Err(ValueError::Checksum);
             }
         }
         let Some(strides) = &self.strides else {
-            let bytes = &file[self.start..][..self.dtype.bytes(self.numel())];
+            let bytes = &file[self.place(range)];
             return if self.negated_exp { log_of_negated(bytes).map(Cow::Owned) } else { Ok(Cow::Borrowed(bytes)) };
         };
         let size = self.dtype.bytes(1);
-        let mut out = Vec::with_capacity(self.numel() * size);
+        let mut out = Vec::with_capacity(range.len() * size);
         let mut index = vec![0; self.shape.len()];
-        for _ in 0..self.numel() {
+        let mut first = range.start;
+        for (i, &n) in index.iter_mut().zip(&self.shape).rev() {
+            (*i, first) = (first % n.max(1), first / n.max(1));
+        }
+        for _ in range {
             let element: usize = index.iter().zip(strides).map(|(i, s)| i * s).sum();
             let at = self.start + element * size;
             out.extend_from_slice(&file[at..at + size]);
@@ -178,10 +213,23 @@ impl Stored {
         Ok(Cow::Owned(out))
     }
 
-    /// Writes the numbers as f32; `out` has as many elements as the tensor.
-    pub(super) fn read_f32(&self, out: &mut [f32]) -> Result<(), ValueError> {
-        self.dtype.decode(&self.bytes()?, out);
-        finite(out.iter().copied())
+    /// Where numbers that follow each other lie in the file; in types of blocks, whole blocks of them.
+    fn place(&self, range: Range<usize>) -> Range<usize> {
+        self.start + self.dtype.bytes(range.start)..self.start + self.dtype.bytes(range.end)
+    }
+
+    /// Writes the numbers from `first` on as f32; in types of blocks, `first` is the start of one.
+    pub(super) fn read_f32(&self, first: usize, out: &mut [f32]) -> Result<(), ValueError> {
+        let bytes = self.part(first..first + out.len()).map_err(|e| e.after(first))?;
+        self.dtype.decode(&bytes, out);
+        finite(out.iter().copied()).map_err(|e| e.after(first))
+    }
+
+    /// Gives the memory of some numbers back to the system ([`Mapped::forget`]).
+    pub(super) fn forget(&self, range: Range<usize>) {
+        if self.strides.is_none() {
+            self.file.forget(self.place(range));
+        }
     }
 }
 
@@ -211,7 +259,8 @@ impl ValueError {
     fn after(self, before: usize) -> ValueError {
         match self {
             ValueError::NonFinite { index, value } => ValueError::NonFinite { index: index + before, value },
-            other => other,
+            ValueError::NotNegative { index, value } => ValueError::NotNegative { index: index + before, value },
+            ValueError::Checksum => ValueError::Checksum,
         }
     }
 }

@@ -303,7 +303,7 @@ pub(super) mod tests {
         let all = open(&path).unwrap();
         assert_eq!(all[0].0, "t");
         let mut out = [0f32; 6];
-        all[0].1.read_f32(&mut out).unwrap();
+        all[0].1.read_f32(0, &mut out).unwrap();
         assert_eq!(out, [1., 4., 2., 5., 3., 6.]);
     }
 
@@ -351,6 +351,6 @@ pub(super) mod tests {
         std::fs::write(&path, &flipped).unwrap();
         let tensors = open(&path).unwrap();
         let mut values = vec![0.0; tensors[0].1.numel()];
-        assert_eq!(tensors[0].1.read_f32(&mut values), Err(crate::checkpoint::tensor::ValueError::Checksum));
+        assert_eq!(tensors[0].1.read_f32(0, &mut values), Err(crate::checkpoint::tensor::ValueError::Checksum));
     }
 }

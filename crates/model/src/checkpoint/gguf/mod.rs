@@ -17,7 +17,6 @@ pub use write::{Quantized, QuantizedTensor, quantize};
 use super::error::CheckpointError;
 use super::shards::Weights;
 use super::tensor::{Dtype, Mapped, Stored};
-use super::value_error;
 use crate::config::ModelConfig;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use container::Container;

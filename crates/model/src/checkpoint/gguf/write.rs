@@ -6,7 +6,7 @@ use super::super::write::{parent, replace};
 use super::super::{Checkpoint, Format};
 use super::container::{ALIGNMENT, MAGIC, VERSION, type_number};
 use super::metadata::Given;
-use super::{metadata, names, value_error, vocabulary};
+use super::{metadata, names, vocabulary};
 use crate::config::{ModelConfig, ParamKind, ParamSpec};
 use crate::tokenizer::Tokenizer;
 use half::{bf16, f16};
