@@ -240,7 +240,8 @@ fn reads_root(graph: &Graph, node: &Node, t: TensorId) -> bool {
 fn check_types(graph: &Graph, order: &[usize]) -> Result<(), Error> {
     for &i in order {
         let node = &graph.nodes[i];
-        let inputs = node.inputs.iter().enumerate().filter(|(i, _)| node.op.narrow_weight() != Some(*i)).map(|(_, t)| t);
+        let inputs =
+            node.inputs.iter().enumerate().filter(|(i, _)| node.op.narrow_weight() != Some(*i)).map(|(_, t)| t);
         let wide = |&t: &TensorId| matches!(graph.dtype(t), DType::F32 | DType::I32);
         if !inputs.chain(&node.outputs).flatten().all(wide) {
             let message = "on a CPU activations are f32; bf16 activations need a GPU".into();

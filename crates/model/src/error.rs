@@ -29,7 +29,10 @@ pub enum Error {
     #[error(transparent)]
     Save(#[from] crate::atomic::SaveError),
     /// A number that the scales of blocks do not reach.
-    #[error("{name} holds {value:e}, but numbers in {dtype} reach {:e} only; use bf16 or f32", hognose_core::quant::LARGEST)]
+    #[error(
+        "{name} holds {value:e}, but numbers in {dtype} reach {:e} only; use bf16 or f32",
+        hognose_core::quant::LARGEST
+    )]
     Magnitude { name: String, value: f32, dtype: hognose_core::DType },
     /// A state file that cannot be read or is none.
     #[error("{path} {message}")]

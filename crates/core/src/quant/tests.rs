@@ -25,7 +25,12 @@ fn rms(values: impl Iterator<Item = f32>) -> f32 {
 }
 
 fn from_hex(text: &str) -> Vec<u8> {
-    text.as_bytes().as_chunks::<2>().0.iter().map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap()).collect()
+    text.as_bytes()
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap())
+        .collect()
 }
 
 /// Random blocks and what the Python package gguf (`gguf.quants.dequantize`) makes of them: kind, bytes, f32.

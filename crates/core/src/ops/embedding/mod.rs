@@ -102,13 +102,11 @@ unsafe fn read_row(cpu: &Cpu, weight: Mat, id: usize, out: &mut [f32]) {
                 out.iter_mut().zip(weight.row::<bf16>(id)).for_each(|(o, w)| *o = w.to_f32());
             }
             (Layout::Rows, _) => out.copy_from_slice(weight.row(id)),
-            (Layout::Panels, _) => {
-                match transposed(weight, cpu) {
-                    Rhs::Packed(packed) => packed.column(id, out),
-                    Rhs::Blocks(blocks) => blocks.column(id, out),
-                    Rhs::Strided(_) | Rhs::Rounded(_) => unreachable!("weights in panels are packed"),
-                }
-            }
+            (Layout::Panels, _) => match transposed(weight, cpu) {
+                Rhs::Packed(packed) => packed.column(id, out),
+                Rhs::Blocks(blocks) => blocks.column(id, out),
+                Rhs::Strided(_) | Rhs::Rounded(_) => unreachable!("weights in panels are packed"),
+            },
         }
     }
 }

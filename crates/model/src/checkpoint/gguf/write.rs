@@ -18,8 +18,7 @@ use std::path::Path;
 
 /// Version of the layouts of blocks, as llama.cpp counts it.
 const QUANTIZATION_VERSION: u32 = 2;
-/// Larger magnitudes than this have no scale in 16 bits in some type of blocks.
-const LARGEST: f32 = 8e6;
+
 /// Numbers that a thread encodes at a time, at least.
 const SHARE: usize = 1 << 16;
 
@@ -268,7 +267,7 @@ fn encoded(input: &Checkpoint, spec: &ParamSpec, dtype: Dtype) -> Result<(Vec<u8
     let limit = match dtype {
         Dtype::F32 | Dtype::BF16 => f32::MAX,
         Dtype::F16 => f16::MAX.to_f32(),
-        Dtype::Blocks(_) => LARGEST,
+        Dtype::Blocks(_) => quant::LARGEST,
     };
     if let Some(index) = values.iter().position(|v| v.abs() > limit) {
         let message = format!(
