@@ -2,6 +2,7 @@ use half::bf16;
 
 use super::*;
 use crate::cpu::Element;
+use crate::dtype::DType;
 
 /// Numbers in −1..1 from a seed.
 struct Random(u64);
