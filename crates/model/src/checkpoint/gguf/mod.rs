@@ -9,6 +9,8 @@ mod container;
 mod metadata;
 pub(super) mod names;
 mod pretokenizer;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 mod write;
 
