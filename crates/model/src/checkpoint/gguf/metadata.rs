@@ -181,11 +181,14 @@ pub(super) enum Given {
     I32s(Vec<i32>),
 }
 
+/// Keys and their values, in the order of the file.
+pub(super) type Values = Vec<(String, Given)>;
+
 /// The architecture and the keys of a model, without those of the tokenizer.
 ///
 /// # Errors
 /// What llama.cpp does not compute for these architectures.
-pub(super) fn write(config: &ModelConfig) -> Result<(&'static str, Vec<(String, Given)>), CheckpointError> {
+pub(super) fn write(config: &ModelConfig) -> Result<(&'static str, Values), CheckpointError> {
     let no = |message: String| CheckpointError::Inexpressible { format: Format::Gguf, message };
     let layer = uniform_layer(config).ok_or_else(|| no("its layers differ from each other".into()))?;
     if config.norm != NormKind::RmsNorm {

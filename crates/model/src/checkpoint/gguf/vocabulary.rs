@@ -6,7 +6,7 @@
 use super::super::Format;
 use super::super::error::CheckpointError;
 use super::container::Value as Stored;
-use super::metadata::{BOS_KEY, EOS_KEYS, Given, Keys, PAD_KEY};
+use super::metadata::{BOS_KEY, EOS_KEYS, Given, Keys, PAD_KEY, Values};
 use super::pretokenizer::PreTokenizer;
 use crate::config::ModelConfig;
 use crate::tokenizer::{BOUNDARY_TEXT, BYTES_BOUNDARY, Tokenizer, TokenizerError, byte_alphabet};
@@ -180,7 +180,7 @@ fn describe(
 pub(super) fn write(
     tokenizer: Option<&Tokenizer>,
     config: &ModelConfig,
-) -> Result<(Vec<(String, Given)>, Option<String>), CheckpointError> {
+) -> Result<(Values, Option<String>), CheckpointError> {
     let mut all = Vec::new();
     let mut put = |key: &str, value: Given| all.push((key.to_string(), value));
     let no = |message: String| CheckpointError::Inexpressible { format: Format::Gguf, message };
