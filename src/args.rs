@@ -30,6 +30,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// A step of the theory computed, checked and drawn; without a name, what there is.
     Explain(ExplainArgs),
+    /// Write a checkpoint as a GGUF file with matrices of fewer bits.
+    Quantize(QuantizeArgs),
     /// Measure speed and the share of the machine's ceiling that it is.
     Bench(BenchArgs),
 }
@@ -198,7 +200,7 @@ pub struct TrainArgs {
 #[derive(Debug, Args)]
 #[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
-    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    /// A checkpoint: a folder, a GGUF file, or an id of the Hugging Face hub.
     #[arg(long, value_name = "PATH|HUB_ID")]
     pub model: String,
     /// Text to continue.
@@ -252,7 +254,7 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Args)]
 pub struct ForwardArgs {
-    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    /// A checkpoint: a folder, a GGUF file, or an id of the Hugging Face hub.
     #[arg(long, value_name = "PATH|HUB_ID")]
     pub model: String,
     /// A safetensors file with `input_ids` (batch, length), int64.
@@ -306,7 +308,7 @@ pub struct PerplexityArgs {
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A checkpoint's folder, a hub id or a state file.
+    /// A checkpoint's folder, a GGUF file, a hub id or a state file.
     pub path: String,
     /// Print one JSON object.
     #[arg(long)]
@@ -315,13 +317,45 @@ pub struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// The checkpoint's folder or hub id.
+    /// The checkpoint's folder, GGUF file or hub id.
     pub input: String,
-    /// The folder to write; it must not exist.
+    /// The folder (for GGUF the file) to write; it must not exist.
     pub output: PathBuf,
-    /// Format to write [default: original from Hugging Face, and the other way round].
-    #[arg(long, value_enum)]
+    /// Format to write [default: GGUF where OUTPUT ends in .gguf, original from Hugging Face, else Hugging Face].
+    #[arg(long, alias = "to", value_enum)]
     pub format: Option<FormatArg>,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    /// The checkpoint's folder, GGUF file or hub id.
+    pub input: String,
+    /// The GGUF file to write; it must not exist.
+    pub output: PathBuf,
+    /// Type of the matrices; everything else is f32. With q4_k the output matrix takes q6_k, and rows that do not fit
+    /// take q8_0 or f16.
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub r#type: WeightType,
+    /// A tokenizer.json to put into the file instead of the checkpoint's.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Print one JSON object: bytes before and after, the type and the error of each tensor.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Types of matrices in a GGUF file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q4_k")]
+    Q4K,
+    Bf16,
+    F16,
+    F32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -330,6 +364,8 @@ pub enum FormatArg {
     Original,
     /// config.json + model.safetensors of transformers.
     Huggingface,
+    /// One file for llama.cpp, each matrix in the type it has.
+    Gguf,
 }
 
 #[derive(Debug, Args)]

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         args::Command::Inspect(args) => commands::inspect::run(args),
         args::Command::Convert(args) => commands::convert::run(args),
         args::Command::Explain(args) => commands::explain::run(args),
+        args::Command::Quantize(args) => commands::quantize::run(args),
         args::Command::Bench(args) => commands::bench::run(args),
     };
     match result {

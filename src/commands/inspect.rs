@@ -19,10 +19,11 @@ use crate::terminal::thousands;
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let path = Path::new(&args.path);
     let mut out = std::io::stdout().lock();
-    if path.is_file() {
+    if path.is_file() && !checkpoint::is_gguf(path) {
         let Some(lines) = state::describe(path) else {
             anyhow::bail!(
-                "{} is a file, but no state file of hognose; for a checkpoint give its folder (with config.json)",
+                "{} is a file, but neither a state file of hognose nor a GGUF file; for another checkpoint give its \
+                 folder (with config.json)",
                 path.display()
             );
         };

@@ -7,6 +7,7 @@ pub mod explain;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
+pub mod quantize;
 pub mod train;
 
 use hognose::{DType, LoadOptions, Loaded};

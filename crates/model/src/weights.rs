@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hognose_core::graph::Layout;
 use hognose_core::{Buffer, DType, Device, Slice, quant};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::config::{ModelConfig, ParamKind, ParamSpec};
 use crate::error::Error;
 use crate::init;
@@ -36,6 +36,25 @@ impl Form {
     /// The form for inference on a device.
     pub fn inference(device: &Device, dtype: DType) -> Form {
         Form::Inference(dtype, device.weight_layout())
+    }
+
+    /// The form for inference that a checkpoint has by itself: bf16 where it holds bf16; blocks as they are, or in the next
+    /// finer type of those that are computed with, tensor by tensor (on a device that does not compute with blocks, bf16);
+    /// f32 else.
+    pub fn of_checkpoint(device: &Device, checkpoint: &Checkpoint) -> Form {
+        let tensors = checkpoint.tensors();
+        let blocks = tensors.iter().any(|t| matches!(t.dtype, Dtype::Blocks(_)));
+        if blocks && device.check_weights(DType::Q8_0).is_ok() {
+            let dtype = |t: &TensorInfo| match t.dtype {
+                Dtype::F32 | Dtype::F16 => DType::F32,
+                Dtype::BF16 => DType::BF16,
+                Dtype::Blocks(kind) => kind.computed_as().for_rows_of(matrix_shape(&t.shape).1),
+            };
+            let types = tensors.iter().map(|t| (t.name.clone(), dtype(t))).collect();
+            return Form::Stored(Arc::new(types), device.weight_layout());
+        }
+        let narrow = blocks || tensors.iter().any(|t| t.dtype == Dtype::BF16);
+        Form::inference(device, if narrow { DType::BF16 } else { DType::F32 })
     }
 
     /// Type and layout of a parameter.
@@ -162,6 +181,12 @@ impl Weights {
         let mut piece = Vec::new();
         for tensor in checkpoint.tensors() {
             let (rows, cols) = matrix_shape(&tensor.shape);
+            if let Dtype::Blocks(kind) = tensor.dtype
+                && weights.entries[&tensor.name].dtype.blocks() == Some(kind)
+            {
+                weights.set_blocks(device, &tensor.name, &checkpoint.bytes(&tensor.name)?);
+                continue;
+            }
             let step = (PIECE / cols.max(1)).max(1).next_multiple_of(Device::ROW_GROUP);
             for first in (0..rows).step_by(step) {
                 piece.resize(step.min(rows - first) * cols, 0.0);
@@ -170,6 +195,18 @@ impl Weights {
             }
         }
         Ok(weights)
+    }
+
+    /// Sets one parameter from the blocks that a file has it in, exactly.
+    fn set_blocks(&mut self, device: &Device, name: &str, blocks: &[u8]) {
+        let entry = &self.entries[name];
+        self.hasher.update(name.as_bytes());
+        let stride = blocks.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
+        blocks.iter().step_by(stride).for_each(|&b| {
+            self.hasher.update(&[b]);
+        });
+        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
+        device.write_blocks(&mut self.buffer, entry.offset, place, shape, blocks);
     }
 
     /// Starting values from a seed.

@@ -1,6 +1,7 @@
 //! A tensor where it lies in a mapped file, and its conversion to the numbers that the program computes with.
 
 use half::{bf16, f16};
+use hognose_core::quant::Kind;
 use memmap2::{Mmap, UncheckedAdvice};
 use std::borrow::Cow;
 use std::fmt;
@@ -13,8 +14,7 @@ use std::sync::{Arc, OnceLock};
 compile_error!("checkpoints hold little-endian numbers, which this crate uses where they lie");
 
 /// The number formats in which weights are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,
@@ -22,22 +22,61 @@ pub enum Dtype {
     F16,
     /// The upper half of an f32.
     BF16,
+    /// Blocks of few bits a number, which GGUF files have. A row is a whole number of blocks.
+    Blocks(Kind),
 }
 
 impl Dtype {
-    /// Bytes of one number.
-    pub fn size(self) -> usize {
-        if self == Dtype::F32 { 4 } else { 2 }
+    /// Numbers of the smallest piece that has bytes of its own, and these bytes.
+    fn piece(self) -> (usize, usize) {
+        match self {
+            Dtype::F32 => (1, 4),
+            Dtype::F16 | Dtype::BF16 => (1, 2),
+            Dtype::Blocks(kind) => (kind.block_len(), kind.block_bytes()),
+        }
+    }
+
+    /// The type of the numbers where there are no blocks: f32 in place of them.
+    pub fn plain(self) -> Dtype {
+        if let Dtype::Blocks(_) = self { Dtype::F32 } else { self }
+    }
+
+    /// Whether rows of `columns` numbers can be of this type.
+    pub fn fits(self, columns: usize) -> bool {
+        columns.is_multiple_of(self.piece().0)
+    }
+
+    /// Bytes of `numel` numbers: as many as whole blocks hold.
+    pub fn bytes(self, numel: usize) -> usize {
+        let (numbers, bytes) = self.piece();
+        numel / numbers * bytes
+    }
+
+    /// Converts numbers from these bytes to f32, as many as `out` has.
+    pub(super) fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Dtype::F32 => convert(bytes, out, f32::from_le_bytes),
+            Dtype::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => convert(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::Blocks(kind) => kind.decode(bytes, out),
+        }
+    }
+}
+
+impl serde::Serialize for Dtype {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
     }
 }
 
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Dtype::F32 => "f32",
-            Dtype::F16 => "f16",
-            Dtype::BF16 => "bf16",
-        })
+        match self {
+            Dtype::F32 => f.write_str("f32"),
+            Dtype::F16 => f.write_str("f16"),
+            Dtype::BF16 => f.write_str("bf16"),
+            Dtype::Blocks(kind) => f.write_str(&format!("{kind:?}").to_lowercase()),
+        }
     }
 }
 
@@ -101,13 +140,23 @@ pub(super) struct Stored {
     pub(super) strides: Option<Vec<usize>>,
     /// The storage the tensor lies in, where the file has a checksum for it.
     pub(super) checked: Option<Arc<Checked>>,
+    /// The file holds A = −exp(A_log) in f32; the tensor is A_log.
+    pub(super) negated_exp: bool,
 }
 
 /// What can go wrong with the numbers themselves.
 #[derive(Debug, PartialEq)]
 pub(super) enum ValueError {
     Checksum,
-    NonFinite { index: usize, value: f32 },
+    /// A transition A that is not negative, so that it has no A_log.
+    NotNegative {
+        index: usize,
+        value: f32,
+    },
+    NonFinite {
+        index: usize,
+        value: f32,
+    },
 }
 
 impl Stored {
@@ -115,7 +164,8 @@ impl Stored {
         self.shape.iter().product()
     }
 
-    /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it.
+    /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it, or other
+    /// ones are meant.
     pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>, ValueError> {
         self.part(0..self.numel())
     }
@@ -137,10 +187,11 @@ impl Stored {
                 return Err(ValueError::Checksum);
             }
         }
-        let size = self.dtype.size();
         let Some(strides) = &self.strides else {
-            return Ok(Cow::Borrowed(&file[self.start + range.start * size..self.start + range.end * size]));
+            let bytes = &file[self.place(range)];
+            return if self.negated_exp { log_of_negated(bytes).map(Cow::Owned) } else { Ok(Cow::Borrowed(bytes)) };
         };
+        let size = self.dtype.bytes(1);
         let mut out = Vec::with_capacity(range.len() * size);
         let mut index = vec![0; self.shape.len()];
         let mut first = range.start;
@@ -162,25 +213,22 @@ impl Stored {
         Ok(Cow::Owned(out))
     }
 
-    /// Writes the numbers from `first` on as f32.
+    /// Where numbers that follow each other lie in the file; in types of blocks, whole blocks of them.
+    fn place(&self, range: Range<usize>) -> Range<usize> {
+        self.start + self.dtype.bytes(range.start)..self.start + self.dtype.bytes(range.end)
+    }
+
+    /// Writes the numbers from `first` on as f32; in types of blocks, `first` is the start of one.
     pub(super) fn read_f32(&self, first: usize, out: &mut [f32]) -> Result<(), ValueError> {
-        let bytes = self.part(first..first + out.len())?;
-        match self.dtype {
-            Dtype::F32 => convert(&bytes, out, f32::from_le_bytes),
-            Dtype::F16 => convert(&bytes, out, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => convert(&bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
-        }
-        finite(out.iter().copied()).map_err(|e| match e {
-            ValueError::NonFinite { index, value } => ValueError::NonFinite { index: first + index, value },
-            e => e,
-        })
+        let bytes = self.part(first..first + out.len()).map_err(|e| e.after(first))?;
+        self.dtype.decode(&bytes, out);
+        finite(out.iter().copied()).map_err(|e| e.after(first))
     }
 
     /// Gives the memory of some numbers back to the system ([`Mapped::forget`]).
     pub(super) fn forget(&self, range: Range<usize>) {
         if self.strides.is_none() {
-            let size = self.dtype.size();
-            self.file.forget(self.start + range.start * size..self.start + range.end * size);
+            self.file.forget(self.place(range));
         }
     }
 }
@@ -191,7 +239,44 @@ pub(super) fn check_finite(dtype: Dtype, bytes: &[u8]) -> Result<(), ValueError>
         Dtype::F32 => finite(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
         Dtype::F16 => finite(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
         Dtype::BF16 => finite(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+        Dtype::Blocks(kind) => {
+            let mut values = [0.0; DECODED_AT_ONCE];
+            for (i, bytes) in bytes.chunks(kind.row_bytes(DECODED_AT_ONCE)).enumerate() {
+                let values = &mut values[..bytes.len() / kind.block_bytes() * kind.block_len()];
+                kind.decode(bytes, values);
+                finite(values.iter().copied()).map_err(|e| e.after(i * DECODED_AT_ONCE))?;
+            }
+            Ok(())
+        }
     }
+}
+
+/// Numbers of blocks that are looked at together: some blocks of every kind.
+const DECODED_AT_ONCE: usize = 1024;
+
+impl ValueError {
+    /// The same error, where `before` numbers stand before those that were looked at.
+    fn after(self, before: usize) -> ValueError {
+        match self {
+            ValueError::NonFinite { index, value } => ValueError::NonFinite { index: index + before, value },
+            ValueError::NotNegative { index, value } => ValueError::NotNegative { index: index + before, value },
+            ValueError::Checksum => ValueError::Checksum,
+        }
+    }
+}
+
+/// ln(−A) of numbers A in f32.
+fn log_of_negated(bytes: &[u8]) -> Result<Vec<u8>, ValueError> {
+    let mut out = Vec::with_capacity(bytes.len());
+    for (index, b) in bytes.as_chunks().0.iter().enumerate() {
+        let value = f32::from_le_bytes(*b);
+        if value.is_finite() && value >= 0.0 {
+            return Err(ValueError::NotNegative { index, value });
+        }
+        // In f64, so that exp of it gives A again within the rounding of A_log itself.
+        out.extend_from_slice(&((-f64::from(value)).ln() as f32).to_le_bytes());
+    }
+    Ok(out)
 }
 
 fn convert<const N: usize, T>(bytes: &[u8], out: &mut [T], f: impl Fn([u8; N]) -> T) {

@@ -273,7 +273,8 @@ impl Shape {
         if tokens <= 16 {
             return shape(1, tokens.div_ceil(8));
         }
-        let read = |s: &Shape| (s.row_blocks * s.token_blocks).div_ceil(AT_ONCE) * (16 * s.row_tiles + 8 * s.token_tiles);
+        let read =
+            |s: &Shape| (s.row_blocks * s.token_blocks).div_ceil(AT_ONCE) * (16 * s.row_tiles + 8 * s.token_tiles);
         let shapes = [1, 2].into_iter().flat_map(|rows| [1, 2, 4, 8].map(|tokens| shape(rows, tokens)));
         shapes.min_by_key(read).expect("eight shapes")
     }
