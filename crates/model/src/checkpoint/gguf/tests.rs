@@ -121,3 +121,112 @@ fn counts_are_not_believed() {
     assert!(container::read(old).unwrap_err().contains("version 1"));
     assert!(container::read(b"GGUF\0\0\0\x03").unwrap_err().contains("byte order"));
 }
+
+/// Blocks that llama.cpp encoded, against what its Python package decodes: CRC-32 of the numbers as little-endian f32.
+#[test]
+fn blocks_of_llama_cpp() {
+    let expected = [
+        ("token_embd.weight", "q5_1", 0x6eabe28b),
+        ("blk.0.ssm_in.weight", "q4_0", 0x5581927a),
+        ("blk.0.ssm_out.weight", "q4_k", 0x46438b32),
+        ("blk.1.ssm_in.weight", "q4_1", 0x98836427),
+        ("blk.1.ssm_out.weight", "q5_k", 0xfc02d2d8),
+        ("blk.2.ssm_in.weight", "q5_0", 0x507b56a9),
+        ("blk.2.ssm_out.weight", "q6_k", 0x4c8f3416),
+    ];
+    let path = oracle("../gguf/types.gguf");
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert!(Tokenizer::find(&path).unwrap().unwrap().is_bytes());
+    assert_eq!((checkpoint.model_type.as_str(), checkpoint.config.vocab_size), ("mamba2", 257));
+    for (name, dtype, crc) in expected {
+        let info = checkpoint.tensors().iter().find(|t| t.native_name == name).unwrap();
+        let values = checkpoint.read_f32(&info.name).unwrap();
+        assert_eq!(info.dtype.to_string(), dtype);
+        assert_eq!(crc32fast::hash(bytemuck::cast_slice(&values)), crc, "{name}");
+    }
+}
+
+/// A tokenizer.json with merges, special tokens and a token for the beginning.
+fn small_tokenizer() -> serde_json::Value {
+    let alphabet = crate::tokenizer::byte_alphabet();
+    let mut vocabulary: serde_json::Map<_, _> =
+        alphabet.iter().enumerate().map(|(b, c)| (c.to_string(), b.into())).collect();
+    for (i, token) in ["th", "the", "Ġthe", "12"].into_iter().enumerate() {
+        vocabulary.insert(token.into(), (256 + i).into());
+    }
+    let added = |id: u32, content: &str, special: bool| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": special})
+    };
+    let bytes =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": bytes,
+        "added_tokens": [added(260, "<s>", true), added(261, "    ", false)],
+        "pre_tokenizer": bytes,
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [260], "tokens": ["<s>"]}}},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocabulary, "merges": [["t", "h"], ["th", "e"], ["Ġ", "the"], ["1", "2"]]},
+    })
+}
+
+const TEXTS: [&str; 4] = ["the 12 mothers' theme", "  the    the\n\n", "naïve 1212 <s>the", ""];
+
+/// The same ids from the keys that llama.cpp reads as from the tokenizer.json that they were made of.
+#[test]
+fn merges_come_back_without_the_json() {
+    let cuts = [
+        ("gpt-2", serde_json::Value::Null),
+        (
+            "starcoder",
+            serde_json::json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": true},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]}),
+        ),
+    ];
+    for (name, description) in cuts {
+        let mut json = small_tokenizer();
+        if !description.is_null() {
+            json["pre_tokenizer"] = description;
+        }
+        let original = Tokenizer::from_json(Path::new("x"), json.to_string().into_bytes(), Vec::new()).unwrap();
+        let (folder, path) = written("hf/mamba", Some(&original), None);
+        let bytes = std::fs::read(&path).unwrap();
+        let at = |word: &[u8]| bytes.windows(word.len()).position(|w| w == word).unwrap();
+        assert!(at(name.as_bytes()) > at(b"tokenizer.ggml.pre"));
+        // Another name hides the key.
+        let mut hidden = bytes.clone();
+        hidden[at(b"tokenizer.huggingface.json")] = b'x';
+        let other = folder.path().join("hidden.gguf");
+        std::fs::write(&other, hidden).unwrap();
+        for path in [path, other] {
+            let again = tokenizer(&path).unwrap().unwrap();
+            for text in TEXTS {
+                for special in [true, false] {
+                    let [a, b] = [&original, &again].map(|t| t.encode(text.as_bytes(), special).unwrap());
+                    assert_eq!(a, b, "{name}: {text:?}");
+                    assert_eq!(original.decode(&a).unwrap(), again.decode(&b).unwrap());
+                }
+            }
+            assert_eq!(again.vocab_size(), 262);
+        }
+    }
+}
+
+#[test]
+fn a_tokenizer_that_llama_cpp_cannot_have_is_kept_whole() {
+    let mut json = small_tokenizer();
+    json["pre_tokenizer"]["add_prefix_space"] = true.into();
+    let original = Tokenizer::from_json(Path::new("x"), json.to_string().into_bytes(), Vec::new()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let checkpoint = Checkpoint::open(oracle("hf/mamba")).unwrap();
+    let report = quantize(&checkpoint, Some(&original), &path, None, &mut |_, _| ()).unwrap();
+    assert!(report.notes[0].contains("llama.cpp"), "{:?}", report.notes);
+    let again = tokenizer(&path).unwrap().unwrap();
+    assert_eq!(original.encode(b"the 12", true).unwrap(), again.encode(b"the 12", true).unwrap());
+}
