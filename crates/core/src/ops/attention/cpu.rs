@@ -41,14 +41,14 @@ pub(super) fn task_values(take: impl FnOnce(&mut Bump)) -> usize {
 }
 
 pub(super) fn workspace(shape: &Shape, cpu: &Cpu) -> usize {
-    Scratch::bytes(cpu.pool.threads(), task_values(|bump| drop(Tile::take(bump, shape))))
+    Scratch::bytes(cpu.pool.threads(), task_values(|bump| _ = Tile::take(bump, shape)))
 }
 
 pub(super) fn run(shape: &Shape, io: &Io<'_>, cpu: &Cpu) {
     let inputs = Inputs::new(*shape, io);
     if let Some(y) = io.optional_output(0) {
         let log_sums = io.optional_output(1);
-        let values = task_values(|bump| drop(Tile::take(bump, shape)));
+        let values = task_values(|bump| _ = Tile::take(bump, shape));
         let scratch = Scratch::new(io.workspace()).take(cpu.pool.threads(), values);
         let blocks = inputs.q.rows.div_ceil(shape.queries());
         run_with_slots(&cpu.pool, blocks * shape.kv_heads, |slot, task| {

@@ -19,12 +19,12 @@ use crate::ops::ssd::workspace::Bump;
 use crate::ops::tasks::{Scratch, run_with_slots};
 
 pub(super) fn workspace(shape: &Shape, cpu: &Cpu) -> usize {
-    Scratch::bytes(cpu.pool.threads(), task_values(|bump| drop(Block::take(bump, shape))))
+    Scratch::bytes(cpu.pool.threads(), task_values(|bump| _ = Block::take(bump, shape)))
 }
 
 pub(super) fn run(shape: &Shape, io: &Io<'_>, cpu: &Cpu) {
     let inputs = Inputs::new(*shape, io);
-    let values = task_values(|bump| drop(Block::take(bump, shape)));
+    let values = task_values(|bump| _ = Block::take(bump, shape));
     let scratch = Scratch::new(io.workspace()).take(cpu.pool.threads(), values);
     let outputs = [0, 1, 2].map(|i| io.optional_output(i));
     let known = Known { dy: io.input(Gradient::DY), y: io.input(Gradient::Y), log_sums: io.input(Gradient::LOG_SUMS) };
