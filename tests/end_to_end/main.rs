@@ -4,6 +4,7 @@ mod checkpoints;
 mod cli;
 mod common;
 mod cuts;
+mod gguf;
 mod oracles;
 mod steps;
 mod streams;
