@@ -10,7 +10,7 @@ const MODEL: &str = "hf/mamba";
 fn usage() {
     assert!(succeeds(&["--version"]).starts_with("hognose "));
     let help = succeeds(&["--help"]);
-    for command in ["train", "generate", "forward", "eval", "inspect", "convert", "explain", "bench"] {
+    for command in ["train", "generate", "forward", "eval", "inspect", "convert", "quantize", "explain", "bench"] {
         assert!(help.contains(command), "{command}");
         assert!(succeeds(&[command, "--help"]).contains("Usage: hognose"), "{command}");
     }

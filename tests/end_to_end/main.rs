@@ -5,6 +5,7 @@ mod cli;
 mod common;
 mod cuts;
 mod explain;
+mod gguf;
 mod hybrids;
 mod oracles;
 mod perplexity;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The path is neither a folder nor a file that is read.
-    #[error("{}: there is no such checkpoint; expected a folder with config.json and the weights, or a GGUF file",
+    #[error("{}: there is no such folder or GGUF file; expected a folder with config.json and the weights, or a GGUF file",
         .path.display())]
     NoFolder { path: PathBuf },
     /// The operating system refused.
@@ -20,8 +20,8 @@ pub enum CheckpointError {
     /// A key of a JSON file is missing or has a value that cannot be used.
     #[error("{}: \"{key}\" {message}", .path.display())]
     Key { path: PathBuf, key: String, message: String },
-    /// `model_type`, or `general.architecture`, names an architecture that this program does not know.
-    #[error("{}: architecture \"{found}\" is not supported; supported are {known}", .path.display())]
+    /// `model_type` names an architecture that this program does not know.
+    #[error("{}: model_type \"{found}\" is not supported; supported are {known}", .path.display())]
     ModelType { path: PathBuf, found: String, known: &'static str },
     /// The sizes do not make a model.
     #[error("{}: {source}", .path.display())]

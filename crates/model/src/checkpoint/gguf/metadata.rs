@@ -99,8 +99,8 @@ impl<'f> Keys<'_, 'f> {
 pub(super) fn read(keys: &Keys) -> Result<(String, ModelConfig), CheckpointError> {
     let arch = keys.optional_text("general.architecture")?.unwrap_or_default();
     if arch != "mamba" && arch != "mamba2" {
-        let (path, found) = (keys.path.into(), arch.into());
-        return Err(CheckpointError::ModelType { path, found, known: ARCHITECTURES });
+        let message = format!("is \"{arch}\", which is not supported; supported are {ARCHITECTURES}");
+        return Err(keys.error("general.architecture", message));
     }
     let key = |name: &str| format!("{arch}.{name}");
     let size = |name: &str| keys.size(&key(name));
