@@ -127,7 +127,7 @@ fn configurations_that_are_none() {
     damage.refused(&replace(b"[1]"), &["config.json", "expected an object"]);
     damage.refused(&replace(b"\xff\xfe\x00"), &["config.json", "UTF-8"]);
     damage.refused(&replace(b""), &["config.json", "not valid JSON"]);
-    damage.refused(&damage.key("hf/mamba", "model_type", json!("llama")), &["architecture \"llama\"", "mamba2"]);
+    damage.refused(&damage.key("hf/mamba", "model_type", json!("llama")), &["model_type \"llama\"", "mamba2"]);
     damage.refused(&damage.key("hf/mamba", "model_type", json!(null)), &["\"model_type\" is missing"]);
     let model = damage.copy("hf/mamba");
     fs::remove_file(model.join("config.json")).unwrap();

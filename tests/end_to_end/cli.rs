@@ -85,7 +85,7 @@ fn generate_refuses() {
         ("/no/such/folder", "no such file or folder"),
         ("mamba-130m", "no such file or folder"),
         ("someone/some-model", "HF_HUB_OFFLINE is set"),
-        (arg(&model.join("config.json")), "no such checkpoint"),
+        (arg(&model.join("config.json")), "no such folder"),
         (env!("CARGO_MANIFEST_DIR"), "config.json"),
     ] {
         fails(1, &["generate", "--model", name, "--ids", "1"], &[name, words]);
