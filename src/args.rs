@@ -48,7 +48,7 @@ pub struct Compute {
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
     /// Type of the matrices in products; on a GPU also of stored activations. States, norms and parameters that are
-    /// trained stay f32. q8_0 and q4_k are for using a model on a CPU.
+    /// trained stay f32. q8_0 and q4_k are for using a model, q4_k on a CPU only.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
     /// Threads on the CPU [default: all cores].

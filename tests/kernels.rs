@@ -59,6 +59,15 @@ fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {
             all.push(choice_graph(config, &form, slots, tokens, penalty).unwrap());
         }
     }
+    let blocks = Form::Inference(DType::Q8_0, Layout::Rows);
+    if dtype == DType::BF16 {
+        all.push(graph(config, &blocks, 1, 2048, 1).unwrap());
+        for tokens in [1, 12, 64] {
+            if has_step(config, &blocks, tokens) {
+                all.push(choice_graph(config, &blocks, tokens, tokens, false).unwrap());
+            }
+        }
+    }
     // One long sequence is cut in time.
     let long = StepShape { tokens: 32_768, segments: 1, ..training(0.0, Recompute::Nothing) };
     all.push(GradientPlan::graph(config, &long).unwrap());

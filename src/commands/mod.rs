@@ -32,7 +32,8 @@ pub fn describe(loaded: &Loaded) -> String {
     let dtype = match loaded.model.weights.form() {
         Form::Inference(DType::BF16, Layout::Panels) => "bf16 matrices",
         Form::Inference(DType::BF16, Layout::Rows) => "bf16",
-        Form::Inference(DType::Q8_0, _) => "q8_0 matrices",
+        Form::Inference(DType::Q8_0, Layout::Panels) => "q8_0 matrices",
+        Form::Inference(DType::Q8_0, Layout::Rows) => "q8_0 matrices, bf16",
         Form::Inference(DType::Q4_K, _) => "q4_k matrices",
         Form::Stored(..) => "matrices as stored",
         _ => "f32",

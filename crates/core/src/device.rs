@@ -18,6 +18,7 @@ use crate::error::{Error, human_bytes};
 use crate::graph::Layout as MatrixLayout;
 use crate::graph::TensorId;
 use crate::plan::{Plan, Target};
+use crate::quant;
 
 /// Alignment of buffers in bytes: a page, so that large ones start on one.
 const BUFFER_ALIGNMENT: usize = 4096;
@@ -363,8 +364,9 @@ impl Device {
     /// [`Error::Unsupported`] where it does not.
     pub fn check_weights(&self, dtype: DType) -> Result<(), Error> {
         match (self, dtype.blocks()) {
-            (Device::Cuda(_), Some(_)) => {
-                let message = format!("a GPU does not compute with weights in {dtype} yet; use bf16, or the CPU");
+            (Device::Cuda(_), Some(kind)) if kind != quant::Kind::Q8_0 => {
+                let message =
+                    format!("a GPU does not compute with weights in {dtype} yet; use q8_0 or bf16, or the CPU");
                 Err(Error::Unsupported { op: "weights", message })
             }
             _ => Ok(()),
@@ -390,6 +392,13 @@ impl Device {
         let bytes = self.matrix_bytes(dtype, layout, rows, cols);
         let weight = gemm::MatRef::new(values, rows, cols).t();
         match (layout, dtype, self) {
+            (MatrixLayout::Rows, DType::Q8_0, _) => {
+                let mut blocks = vec![0; bytes];
+                for (row, to) in values.chunks(cols.max(1)).zip(blocks.chunks_mut(dtype.row_bytes(cols).max(1))) {
+                    quant::encode(dtype, row, to);
+                }
+                self.write_blocks(buffer, offset, (dtype, layout), (rows, cols), &blocks);
+            }
             (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
                 let blocks = buffer.bytes_mut(offset, bytes);
                 gemm::encode_blocks(&cpu.pool, dtype, values, (rows, cols), blocks);
@@ -421,8 +430,18 @@ impl Device {
         blocks: &[u8],
     ) {
         assert_eq!(blocks.len(), gemm::blocks_len(dtype, cols, rows), "rows of blocks");
-        assert_eq!(blocks.len(), self.matrix_bytes(dtype, layout, rows, cols), "blocks lie as in a file");
-        buffer.write_bytes(offset, blocks);
+        assert_eq!(blocks.len(), self.matrix_bytes(dtype, layout, rows, cols), "blocks take what they take in a file");
+        if (dtype, layout) == (DType::Q8_0, MatrixLayout::Rows) {
+            let mut split = vec![0; blocks.len()];
+            let row_bytes = dtype.row_bytes(cols).max(1);
+            blocks
+                .chunks(row_bytes)
+                .zip(split.chunks_mut(row_bytes))
+                .for_each(|(from, to)| quant::split_q8_0(from, to));
+            buffer.write_bytes(offset, &split);
+        } else {
+            buffer.write_bytes(offset, blocks);
+        }
     }
 
     /// Bytes of memory that are free now.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hognose_core::graph::Layout;
+use hognose_core::ops::step_linear;
 use hognose_core::{Buffer, DType, Device, Slice, quant};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
@@ -39,12 +40,12 @@ impl Form {
     }
 
     /// The form for inference that a checkpoint has by itself: bf16 where it holds bf16; blocks as they are, or in the next
-    /// finer type of those that are computed with, tensor by tensor (on a device that does not compute with blocks, bf16);
+    /// finer type of those that are computed with, tensor by tensor (on a GPU Q8_0 where there are no others, else bf16);
     /// f32 else.
     pub fn of_checkpoint(device: &Device, checkpoint: &Checkpoint) -> Form {
         let tensors = checkpoint.tensors();
         let blocks = tensors.iter().any(|t| matches!(t.dtype, Dtype::Blocks(_)));
-        if blocks && device.check_weights(DType::Q8_0).is_ok() {
+        if blocks && matches!(device, Device::Cpu(_)) {
             let dtype = |t: &TensorInfo| match t.dtype {
                 Dtype::F32 | Dtype::F16 => DType::F32,
                 Dtype::BF16 => DType::BF16,
@@ -52,6 +53,10 @@ impl Form {
             };
             let types = tensors.iter().map(|t| (t.name.clone(), dtype(t))).collect();
             return Form::Stored(Arc::new(types), device.weight_layout());
+        }
+        let q8_0 = |t: &TensorInfo| !matches!(t.dtype, Dtype::Blocks(kind) if kind != quant::Kind::Q8_0);
+        if blocks && tensors.iter().all(q8_0) {
+            return Form::inference(device, DType::Q8_0);
         }
         let narrow = blocks || tensors.iter().any(|t| t.dtype == Dtype::BF16);
         Form::inference(device, if narrow { DType::BF16 } else { DType::F32 })
@@ -64,7 +69,7 @@ impl Form {
         }
         let (dtype, layout) = match self {
             Form::Training(_) => return (DType::F32, Layout::Rows),
-            Form::Inference(dtype, layout) => (matrix_dtype(*dtype, spec, config), *layout),
+            Form::Inference(dtype, layout) => (matrix_dtype((*dtype, *layout), spec, config), *layout),
             Form::Stored(types, layout) => (types.get(&spec.name).copied().unwrap_or(DType::F32), *layout),
         };
         // A tied embedding is a matrix of a product, too; an untied one is only looked up.
@@ -102,11 +107,19 @@ impl Form {
 
 /// The type of a matrix or an embedding where `dtype` is asked for. Types of blocks are not for everything: with Q4_K
 /// the output matrix, tied or not, is Q6_K, since its errors reach the result undamped (as llama.cpp's Q4_K_M has it),
-/// and rows that blocks do not fit take Q8_0.
-pub fn matrix_dtype(dtype: DType, spec: &ParamSpec, config: &ModelConfig) -> DType {
-    let output = spec.name == "lm_head.weight" || spec.kind == ParamKind::Embedding && config.tie_embeddings;
+/// and rows that blocks do not fit take Q8_0. Row-major, for a GPU, Q8_0 is for what [`step_linear`] multiplies: Δ's
+/// projection, a table that is only looked up and rows of other lengths are bf16.
+pub fn matrix_dtype((dtype, layout): (DType, Layout), spec: &ParamSpec, config: &ModelConfig) -> DType {
+    let (_, cols) = matrix_shape(&spec.shape);
+    let tied = spec.kind == ParamKind::Embedding && config.tie_embeddings;
+    let output = spec.name == "lm_head.weight" || tied;
+    if (dtype, layout) == (DType::Q8_0, Layout::Rows) {
+        let looked_up = spec.kind == ParamKind::Embedding && !tied;
+        let multiplied = cols.is_multiple_of(step_linear::Q8_0_COLUMNS) && !spec.name.ends_with(".dt_proj.weight");
+        return if multiplied && !looked_up { DType::Q8_0 } else { DType::BF16 };
+    }
     let dtype = if output && dtype == DType::Q4_K { DType::Q6_K } else { dtype };
-    dtype.for_rows_of(matrix_shape(&spec.shape).1)
+    dtype.for_rows_of(cols)
 }
 
 /// Prefix of the externals that are copies of parameters rounded to bf16.

@@ -37,7 +37,9 @@ pub enum Arg {
 
 impl From<Mat> for Arg {
     fn from(m: Mat) -> Arg {
-        Arg::Mat(m.address(), m.stride as i64)
+        // Rows of blocks have their scales with them.
+        let stride = if m.dtype.blocks().is_some() { m.dtype.row_bytes(m.cols) } else { m.stride };
+        Arg::Mat(m.address(), stride as i64)
     }
 }
 impl From<Option<Mat>> for Arg {
@@ -111,7 +113,8 @@ impl Kernel {
             DType::F32 => "float",
             DType::BF16 => "bf16",
             DType::I32 => "int",
-            DType::Q8_0 | DType::Q4_K | DType::Q6_K => unreachable!("kernels have no elements of blocks"),
+            DType::Q8_0 => "q8",
+            DType::Q4_K | DType::Q6_K => unreachable!("GPUs do not compute with these blocks"),
         };
         self.define(name, ty)
     }

@@ -9,12 +9,13 @@ use half::bf16;
 
 use crate::cpu::Cpu;
 use crate::cpu::gemm::{BlockMatrix, MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
-use crate::cuda::Launcher;
 use crate::cuda::blas::Product;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
 use crate::ops::elementwise;
+use crate::ops::gather_rows::cuda::widen;
 
 /// y = x · Wᵀ (+ bias), in the type of x.
 ///
@@ -40,8 +41,9 @@ pub fn linear_to(
     g.expect_shape("linear", "x", x, None, Some(k))?;
     let x_dtype = g.expect_float("linear", "x", x)?;
     let w = g.tensor(weight);
-    // Packed weights widen exactly; others have the type of x.
-    if !(w.dtype == x_dtype || w.dtype != DType::I32 && w.layout == Layout::Panels) {
+    // Packed weights widen exactly; others have the type of x, or are widened to bf16 on a GPU.
+    let widened = w.dtype == DType::Q8_0 && x_dtype == DType::BF16;
+    if !(w.dtype == x_dtype || widened || w.dtype != DType::I32 && w.layout == Layout::Panels) {
         let message =
             format!("the weight must be {x_dtype}, or bf16 or blocks in panels, but is {} {:?}", w.dtype, w.layout);
         return Err(Error::Unsupported { op: "linear", message });
@@ -150,8 +152,20 @@ impl Op for Linear {
         Some(1)
     }
 
+    /// Weights in blocks as bf16: the library multiplies no blocks.
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        let weight = g.tensor(node.input(1));
+        if weight.dtype.blocks().is_some() { 2 * weight.rows * weight.cols } else { 0 }
+    }
+
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
-        let product = Product::new(io.output(0), (io.input(0), false), (io.input(1), true));
+        let mut weight = io.input(1);
+        if weight.dtype.blocks().is_some() {
+            let wide = Mat { ptr: io.workspace().0, dtype: DType::BF16, ..weight };
+            widen(launcher, weight, wide)?;
+            weight = wide;
+        }
+        let product = Product::new(io.output(0), (io.input(0), false), (weight, true));
         match io.optional_input(2) {
             // The library adds a bias of the result's type only.
             Some(bias) if bias.dtype != io.output(0).dtype => {
@@ -252,7 +266,7 @@ fn start(io: &Io<'_>, cpu: &Cpu) -> Start<'static> {
 mod tests {
     use super::*;
     use crate::ops::layout::split;
-    use crate::ops::testing::{BF16_BOUNDS, Value, check_op, check_op_bf16};
+    use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
     /// Error bound of values and gradients against f64, for sums of up to a hundred products.
     const BOUND: (f64, f64) = (2e-6, 4e-6);
@@ -283,6 +297,19 @@ mod tests {
             check_op(&inputs[..2], &["x", "w"], without, reference, BOUND);
             let to_f32 = |g: &mut Graph, i: &[TensorId]| vec![linear_to(g, i[0], i[1], None, DType::F32).unwrap()];
             check_op_bf16(&inputs[..2], &["x", "w"], &[], to_f32, reference, BOUND);
+        }
+    }
+
+    #[test]
+    fn weights_in_blocks_on_a_gpu() {
+        for (t, k, n) in [(1, 128, 1), (70, 256, 33)] {
+            let (x, w) = (Value::random(t, k, 1).to_bf16(), Value::random(n, k, 2).to_q8_0());
+            let mut case = Case::new();
+            let (a, b) = (case.input("x", &x), case.input("w", &w));
+            let y = linear_to(&mut case.graph, a, b, None, DType::F32).unwrap();
+            case.output("y", y);
+            // Decoded numbers are rounded to bf16.
+            case.run_on_gpu(|out| assert!(reference(&[x.clone(), w.clone()])[0].error(&out["y"]) <= BF16_BOUNDS.0));
         }
     }
 

@@ -14,7 +14,7 @@ use crate::cpu::pool::Pool;
 use crate::cuda::Properties;
 use crate::dtype::DType;
 use crate::graph::{Layout, Recompute};
-use crate::{Buffer, Device, Error, Graph, Plan, Slice, TensorId, rng};
+use crate::{Buffer, Device, Error, Graph, Plan, Slice, TensorId, quant, rng};
 
 /// A matrix of test values; token ids and offsets are held as f64, too.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,6 +57,20 @@ impl Value {
 
     pub fn at(&self, row: usize, col: usize) -> f64 {
         self.data[row * self.cols + col]
+    }
+
+    /// What is left of the numbers in Q8_0, and that type.
+    pub fn to_q8_0(&self) -> Value {
+        let (dtype, cols) = (DType::Q8_0, self.cols);
+        let mut blocks = vec![0; dtype.row_bytes(cols)];
+        let decoded = self.data.chunks(cols).flat_map(|row| {
+            let mut row: Vec<f32> = row.iter().map(|&v| v as f32).collect();
+            quant::encode(dtype, &row, &mut blocks);
+            quant::Kind::Q8_0.decode(&blocks, &mut row);
+            row.into_iter().map(f64::from)
+        });
+        let data = decoded.collect();
+        Value { dtype, ..Value::new(self.rows, cols, data) }
     }
 
     /// max|self − other| / max|self|: the measure of the oracle files; a NaN counts as infinite.

@@ -120,6 +120,26 @@ pub fn encode(dtype: DType, row: &[f32], to: &mut [u8]) {
     }
 }
 
+/// The blocks of a row of Q8_0 as row-major matrices in memory have them: the numbers of all blocks first, then their
+/// scales. So threads of a GPU that share a row read whole words.
+pub fn split_q8_0(blocks: &[u8], row: &mut [u8]) {
+    let (blocks, _) = blocks.as_chunks::<34>();
+    let (numbers, scales) = row.split_at_mut(32 * blocks.len());
+    for ((block, numbers), scale) in blocks.iter().zip(numbers.chunks_exact_mut(32)).zip(scales.chunks_exact_mut(2)) {
+        scale.copy_from_slice(&block[..2]);
+        numbers.copy_from_slice(&block[2..]);
+    }
+}
+
+/// Decodes a row that [`split_q8_0`] made.
+pub fn decode_split_q8_0(row: &[u8], out: &mut [f32]) {
+    let (numbers, scales) = row.split_at(out.len().next_multiple_of(32));
+    for ((out, numbers), scale) in out.chunks_mut(32).zip(numbers.chunks(32)).zip(scales.chunks_exact(2)) {
+        let scale = f16_at(scale, 0);
+        out.iter_mut().zip(numbers).for_each(|(out, &q)| *out = scale * f32::from(q as i8));
+    }
+}
+
 /// Decodes block after block; of the last one perhaps only the beginning is wanted.
 fn each<const LEN: usize, const BYTES: usize>(
     blocks: &[u8],

@@ -29,7 +29,7 @@ const FEW: usize = 16;
 /// from the L2 cache. Measured on an H100: 64 · 1536 is 1.4 times as fast as the library's, 64 · 4096 0.8 times.
 const MOST_READ: usize = 64 * 1536;
 
-/// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16, for RMSNorm and for widths in eights.
+/// Whether a step of `tokens` sequences has a graph of its own: on GPUs, in bf16 or q8_0, for RMSNorm and for widths in eights.
 pub fn has_step(config: &ModelConfig, form: &Form, tokens: usize) -> bool {
     let eights = |n: usize| n.is_multiple_of(8);
     let fits = |layer: &LayerConfig| {
@@ -40,7 +40,7 @@ pub fn has_step(config: &ModelConfig, form: &Form, tokens: usize) -> bool {
         };
         mixer && eights(layer.d_intermediate.unwrap_or(0))
     };
-    *form == Form::Inference(DType::BF16, Layout::Rows)
+    matches!(form, Form::Inference(DType::BF16 | DType::Q8_0, Layout::Rows))
         && (1..=MOST_TOKENS).contains(&tokens)
         && (tokens <= FEW || config.layers.iter().all(|layer| tokens * layer.mixer.d_inner() <= MOST_READ))
         && config.norm == NormKind::RmsNorm

@@ -388,6 +388,11 @@ EMULATED unsigned pack_bf16(float lo, float hi) {
     return static_cast<unsigned>(f32_to_bf16_bits(hi)) << 16 | f32_to_bf16_bits(lo);
 }
 
+EMULATED float f16_to_f32(unsigned short bits) {
+    float magnitude = (bits >> 10 & 31) == 31 ? INFINITY : bits_to_f32((bits & 0x7fffu) << 13) * 0x1p112f;
+    return bits & 0x8000 ? -magnitude : magnitude;
+}
+
 // The special function unit takes numbers below 2^-126 for 0, and gives 0 for them.
 EMULATED float emulated_flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 EMULATED float ex2(float x) { return emulated_flush(exp2f(emulated_flush(x))); }
@@ -395,6 +400,7 @@ EMULATED float lg2(float x) { return emulated_flush(log2f(emulated_flush(x))); }
 EMULATED float rcp(float x) { return emulated_flush(1.0f / emulated_flush(x)); }
 
 EMULATED void copy_async4(void* shared, const void* global) { emulator::copy_later(shared, global, 4, 0); }
+EMULATED void copy_async8(void* shared, const void* global) { emulator::copy_later(shared, global, 8, 0); }
 EMULATED void copy_async16(void* shared, const void* global) { emulator::copy_later(shared, global, 16, 0); }
 EMULATED void prefetch(const void*) {}
 EMULATED void copy_async_commit() { emulator::me->group++; }

@@ -33,6 +33,9 @@ pub(crate) enum Function {
 pub(crate) fn vector(mats: &[Mat]) -> usize {
     let fits = |v: usize| {
         mats.iter().all(|m| {
+            if m.dtype.blocks().is_some() {
+                return m.cols.is_multiple_of(v);
+            }
             let bytes = v * m.dtype.size();
             m.cols.is_multiple_of(v)
                 && m.address().is_multiple_of(bytes.min(16) as u64)

@@ -1,6 +1,6 @@
 //! Embedding: row `ids[t]` of a table of weights for every token t.
 //!
-//! ids [1, T] i32, weight [V, d] f32, bf16 or (on a CPU) in blocks, y [T, d] f32. The weight may be packed ([`Layout::Panels`]), as it is
+//! ids [1, T] i32, weight [V, d] f32, bf16 or in blocks, y [T, d] f32. The weight may be packed ([`Layout::Panels`]), as it is
 //! where the output projection uses the same matrix. An id outside 0..V gives a row of NaN, so that it is seen; callers
 //! check what a user can cause.
 //!
@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::graph::{Graph, Io, Layout, Mat, Node, Op, TensorId};
 use crate::ops::gather_rows::{cuda, scatter_add};
 use crate::ops::linear::transposed;
+use crate::quant;
 
 /// Elements that one task copies, about.
 const ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -94,7 +95,8 @@ unsafe fn read_row(cpu: &Cpu, weight: Mat, id: usize, out: &mut [f32]) {
     // SAFETY: as the caller promises.
     unsafe {
         match (weight.layout, weight.dtype) {
-            (Layout::Rows, DType::Q8_0 | DType::Q4_K | DType::Q6_K) => {
+            (Layout::Rows, DType::Q8_0) => quant::decode_split_q8_0(weight.row_of_blocks(id), out),
+            (Layout::Rows, DType::Q4_K | DType::Q6_K) => {
                 let kind = weight.dtype.blocks().expect("a type of blocks");
                 kind.decode(weight.row_of_blocks(id), out);
             }

@@ -25,12 +25,12 @@ fn tokens_that_repeat_add_up_in_the_gradient() {
 }
 
 #[test]
-fn bf16_tables_are_widened_exactly() {
-    let mut weight = Value::random(9, 21, 1);
-    weight.data.iter_mut().for_each(|v| *v = half::bf16::from_f64(*v).to_f64());
-    weight.dtype = DType::BF16;
-    let inputs = [("ids", Value::ints(&[8, 0, 3])), ("weight", weight)];
-    check_op(&inputs, &[], |g, t| vec![embedding(g, t[0], t[1]).unwrap()], expected, (BOUND, 0.0));
+fn narrow_tables_are_widened_exactly() {
+    let weight = Value::random(9, 21, 1);
+    for weight in [weight.to_bf16(), weight.to_q8_0()] {
+        let inputs = [("ids", Value::ints(&[8, 0, 3])), ("weight", weight)];
+        check_op(&inputs, &[], |g, t| vec![embedding(g, t[0], t[1]).unwrap()], expected, (BOUND, 0.0));
+    }
 }
 
 #[test]

@@ -36,6 +36,20 @@ pub(crate) fn gather(launcher: &mut Launcher<'_>, x: Mat, rows: Mat, y: Mat) -> 
     ]))
 }
 
+/// y = x, in the type of y: weights in blocks for products that know none.
+pub(crate) fn widen(launcher: &mut Launcher<'_>, x: Mat, y: Mat) -> Result<(), Error> {
+    let kernel = kernel("gather", x, y).0;
+    let (none, rows) = (Arg::Ptr(0), y.rows.into());
+    launcher.launch(kernel.grid(y.rows.div_ceil(WARPS), 1, 1).args([
+        x.into(),
+        none,
+        y.into(),
+        rows,
+        x.rows.into(),
+        x.cols.into(),
+    ]))
+}
+
 /// Where counts, starts, the two lists and the parts of the sums begin in the workspace, and its size: bytes.
 fn places(count: usize, n: usize, cols: usize) -> [usize; 6] {
     let mut end = 0;

@@ -7,16 +7,16 @@
 //
 // Macros: TI type of the rows that are read, TO type of the rows that are written, V elements of one access; PIECE.
 
-// y[i] = x[rows[i]]; NaN where there is no such row. A warp makes a row.
+// y[i] = x[rows[i]], or x[i] without row numbers; NaN where there is no such row. A warp makes a row.
 KERNEL __launch_bounds__(256) gather(Mat<TI> x, const int* rows, Mat<TO> y, i64 count, i64 n, i64 cols) {
     i64 i = (static_cast<i64>(blockIdx.x) * 256 + threadIdx.x) / WARP;
     if (i >= count) return;
-    i64 from = rows[i];
+    i64 from = rows != nullptr ? rows[i] : i;
     bool there = from >= 0 && from < n;
     for (i64 c = threadIdx.x % WARP * V; c < cols; c += WARP * V) {
         float v[V];
         if (there) {
-            load<V>(v, x.row(from) + c);
+            load_at<V>(v, x.row(from), c, cols);
         } else {
 #pragma unroll
             for (int k = 0; k < V; k++) v[k] = bits_to_f32(0x7fc00000u);

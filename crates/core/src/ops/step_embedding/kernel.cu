@@ -2,11 +2,11 @@
 //
 // A block has a token: the time is that of one read after another, id and row.
 //
-// Macros: V elements that a thread loads at once.
+// Macros: TABLE type of the table, V elements that a thread loads at once.
 
 #define THREADS 256
 
-KERNEL __launch_bounds__(THREADS) step_embedding(const int* ids, Mat<bf16> table, Mat<float> weight, Mat<float> stream, Mat<bf16> weighted,
+KERNEL __launch_bounds__(THREADS) step_embedding(const int* ids, Mat<TABLE> table, Mat<float> weight, Mat<float> stream, Mat<bf16> weighted,
                                                  Mat<float> squares, int rows, int cols) {
     __shared__ float scratch[32];
     let_next_start();
@@ -17,7 +17,7 @@ KERNEL __launch_bounds__(THREADS) step_embedding(const int* ids, Mat<bf16> table
         float v[V], w[V];
         load<V>(w, weight.data + c);
         if (id >= 0 && id < rows) {
-            load<V>(v, table.row(id) + c);
+            load_at<V>(v, table.row(id), c, cols);
         } else {
             for (int i = 0; i < V; i++) v[i] = bits_to_f32(0x7fc00000u);
         }

@@ -1,7 +1,7 @@
 //! The embedding of a step of generation: rows of the table as the residual stream, ready for the first product of
 //! [`step_linear`](super::step_linear). For GPUs; the graphs of CPUs have the single ops.
 //!
-//! ids `[1, T]` i32, table `[V, D]` bf16, norm weight `[1, D]` f32. An id outside 0..V gives a row of NaN.
+//! ids `[1, T]` i32, table `[V, D]` bf16 or q8_0, norm weight `[1, D]` f32. An id outside 0..V gives a row of NaN.
 
 #[cfg(test)]
 mod tests;
@@ -25,7 +25,9 @@ static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu"
 pub fn step_embedding(g: &mut Graph, ids: TensorId, table: TensorId, norm_weight: TensorId) -> Result<Stream, Error> {
     let (tokens, cols) = (g.cols(ids), g.cols(table));
     g.expect(NAME, "the ids", ids, DType::I32, Some(1), None)?;
-    g.expect_dtype(NAME, "the table", table, DType::BF16)?;
+    if g.dtype(table) != DType::Q8_0 {
+        g.expect_dtype(NAME, "the table", table, DType::BF16)?;
+    }
     g.expect_f32(NAME, "the weight of the norm", norm_weight, Some(1), Some(cols))?;
     let stream = g.new_tensor(DType::F32, tokens, cols);
     let weighted = g.new_tensor(DType::BF16, tokens, cols);
@@ -60,6 +62,7 @@ impl Op for Embedding {
         };
         launcher.launch(
             Kernel::new(&PROGRAM, NAME)
+                .define_type("TABLE", table.dtype)
                 .define("V", vector(&[table, weight, stream, weighted]))
                 .grid(ids.cols, 1, 1)
                 .threads(256)

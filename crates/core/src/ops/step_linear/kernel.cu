@@ -14,10 +14,21 @@
 // With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
 // columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
 //
-// Macros: TO type of the result; K columns; WARPS; MT tiles of 16 rows and NT tiles of 8 tokens of a block; STAGES of
+// Weights in blocks of 8 bits: 32 columns, a step, are a block. Its numbers are exact in bf16, so products are made as
+// with bf16 from zero, and the scale of a row's block multiplies the sum of that step in f32.
+//
+// Macros: TO type of the result; Q8 0 or 1 (weights in blocks of 8 bits); K columns; WARPS; MT tiles of 16 rows and NT tiles of 8 tokens of a block; STAGES of
 // the ring; SCALE 0 or 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
 
 #define THREADS (WARPS * WARP)
+// What a thread copies of a row at once: 8 columns.
+#if Q8
+#define PIECE u32x2
+#define WEIGHT q8
+#else
+#define PIECE u32x4
+#define WEIGHT bf16
+#endif
 #define ROWS (16 * MT)
 #define TOKENS (8 * NT)
 // Steps over the columns, and those of a warp.
@@ -26,7 +37,7 @@
 // Steps whose tokens are under way together.
 #define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : NT == 2 ? 4 : NT == 4 ? 3 : 2)
 // Chains of sums: a single one would be as long as all its products take one after another.
-#define CHAINS (NT == 1 ? 2 : 1)
+#define CHAINS (NT == 1 && !Q8 ? 2 : 1)
 // Results a thread, all of one row since rows divide the threads, and tokens a warp.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
 #define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
@@ -37,13 +48,17 @@
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
 // moves on. Residual: stream = out + residual is stored, and what goes to `out` is stream ⊙ next_weight; row block b
 // leaves its sum of the squares of token t's stream in squares_out[t, b].
-KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float inverse_width, float eps,
+KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, Mat<float> bias, Mat<TO> out, Mat<float> squares, float inverse_width, float eps,
                 Mat<float> conv_weight, Mat<float> conv_bias, Mat<float> state, const int* slots, int first, int channels,
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
                 int tokens, int rows) {
     DYNAMIC_SHARED(bytes);
-    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2 * MT][THREADS]
+    PIECE* ring = reinterpret_cast<PIECE*>(bytes);  // [STAGES][2 * MT][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
+#if Q8
+    constexpr int ring_bytes = STAGES * 2 * MT * THREADS * 8, sum_bytes = WARPS * TOKENS * PITCH * 4;
+    float* scales = reinterpret_cast<float*>(bytes + ((ring_bytes > sum_bytes ? ring_bytes : sum_bytes) + 15) / 16 * 16);  // [STEPS][ROWS]
+#endif
 #if SCALE
     __shared__ float scale[TOKENS];
 #endif
@@ -55,7 +70,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     auto there = [&](int i) { return i < MINE && (STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS); };
     // Behind the last column tokens are taken as zero, so the weight may be any.
     auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
-    const bf16* from[2 * MT];
+    const WEIGHT* from[2 * MT];
 #pragma unroll
     for (int m = 0; m < 2 * MT; m++) {
         int row = row0 + 8 * m + lane / 4;
@@ -63,16 +78,29 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     }
     auto fetch = [&](int i) {
         if (!there(i)) return;
-        u32x4* to = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
+        PIECE* to = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
         int offset = behind(i) ? -column : i * WARPS * 32;
 #pragma unroll
-        for (int m = 0; m < 2 * MT; m++) copy_async16(to + m * THREADS, from[m] + offset);
+        for (int m = 0; m < 2 * MT; m++) {
+#if Q8
+            copy_async8(to + m * THREADS, from[m] + offset);
+#else
+            copy_async16(to + m * THREADS, from[m] + offset);
+#endif
+        }
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
         fetch(i);
         copy_async_commit();
     }
+#if Q8
+    for (int e = threadIdx.x; e < STEPS * ROWS; e += THREADS) {
+        int r = row0 + e / STEPS;
+        scales[e % STEPS * ROWS + e / STEPS] = q8_scale(weight.row(r < rows ? r : rows - 1), K, e % STEPS);
+    }
+    __syncthreads();
+#endif
     // What the results meet, as far as nothing in this step writes it. The windows of many results would take the
     // registers of the products.
     constexpr bool early = EACH <= 2;
@@ -152,17 +180,31 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     for (int i = 0; i < MINE; i++) {
         if (!there(i)) break;
         copy_async_wait<STAGES - 1>();
-        u32x4* at = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
+        PIECE* at = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
+#if Q8
+            u32x4 upper = q8_to_bf16(at[2 * m * THREADS]), lower = q8_to_bf16(at[(2 * m + 1) * THREADS]);
+            const float* of_rows = scales + (warp + i * WARPS) * ROWS + 16 * m + lane / 4;
+            float upper_scale = of_rows[0], lower_scale = of_rows[8];
+#else
             u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
+#endif
             u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
             for (int j = 0; j < NT; j++) {
                 u32x4 v = b[i % AHEAD][j];
                 u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+#if Q8
+                float part[4] = {};
+                mma_bf16(part, a0, b0);
+                mma_bf16(part, a1, b1);
+#pragma unroll
+                for (int k = 0; k < 4; k++) d[0][m][j][k] += part[k] * (k < 2 ? upper_scale : lower_scale);
+#else
                 mma_bf16(d[0][m][j], a0, b0);
                 mma_bf16(d[CHAINS - 1][m][j], a1, b1);
+#endif
             }
         }
         if (i + STAGES < MINE) fetch(i + STAGES);

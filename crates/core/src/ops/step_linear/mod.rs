@@ -28,6 +28,9 @@ static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu"
 /// Tokens up to which this is used: beyond, products are no longer bound by reading, and the library's are faster.
 pub const MOST_TOKENS: usize = 64;
 
+/// A multiple of this is the number of columns of a weight in q8_0: rows with their scales are then aligned to 8 bytes.
+pub const Q8_0_COLUMNS: usize = 128;
+
 /// Blocks that run at once: one on each multiprocessor of an H100. It only decides how products are cut, which changes
 /// no bit.
 const AT_ONCE: usize = 132;
@@ -72,7 +75,7 @@ pub struct Residual {
 pub struct StepLinear {
     /// `[T, K]` bf16, K a multiple of 8.
     pub x: TensorId,
-    /// `[N, K]` bf16, row-major.
+    /// `[N, K]` bf16 or q8_0, row-major; K is a multiple of 128 for q8_0.
     pub weight: TensorId,
     /// `[1, N]` f32
     pub bias: Option<TensorId>,
@@ -129,10 +132,15 @@ pub fn step_linear_residual(g: &mut Graph, p: StepLinear, residual: Residual) ->
 fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Residual>) -> Result<Stream, Error> {
     let (tokens, n, k) = (g.rows(p.x), g.rows(p.weight), g.cols(p.weight));
     g.expect(NAME, "x", p.x, DType::BF16, None, Some(k))?;
-    g.expect_dtype(NAME, "the weight", p.weight, DType::BF16)?;
+    let in_blocks = g.dtype(p.weight) == DType::Q8_0;
+    if !in_blocks {
+        g.expect_dtype(NAME, "the weight", p.weight, DType::BF16)?;
+    }
     let unsupported = |message: String| Err(Error::Unsupported { op: NAME, message });
-    if g.tensor(p.weight).layout != Layout::Rows || !k.is_multiple_of(8) {
-        return unsupported(format!("the weight must be row-major with columns in eights, but has {k} columns"));
+    let step = if in_blocks { Q8_0_COLUMNS } else { 8 };
+    if g.tensor(p.weight).layout != Layout::Rows || !k.is_multiple_of(step) {
+        let message = format!("the weight must be row-major with a multiple of {step} columns, but has {k}");
+        return unsupported(message);
     }
     if let Some(bias) = p.bias {
         g.expect_f32(NAME, "the bias", bias, Some(1), Some(n))?;
@@ -173,7 +181,7 @@ fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Res
         g.expect_f32(NAME, "the weight of the norm", r.norm_weight, Some(1), Some(n))?;
         inputs.extend([Some(r.residual), Some(r.norm_weight)]);
         made.stream = g.new_tensor(DType::F32, tokens, n);
-        made.squares = g.new_tensor(DType::F32, tokens, Shape::new(tokens, n, k).row_blocks);
+        made.squares = g.new_tensor(DType::F32, tokens, Shape::new(tokens, (n, k), in_blocks).row_blocks);
         outputs[2] = Some(made.stream);
         outputs[3] = Some(made.squares);
     }
@@ -209,11 +217,12 @@ impl Op for Product {
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
         let (x, weight, out) = (io.input(0), io.input(1), io.output(0));
         let aligned = |m: &Mat| m.address().is_multiple_of(16) && m.stride.is_multiple_of(8);
+        let in_blocks = weight.dtype.blocks().is_some();
         if !aligned(&x) || !aligned(&weight) {
             let message = "x and the weight must have rows that are aligned to 16 bytes".into();
             return Err(Error::Unsupported { op: NAME, message });
         }
-        let shape = Shape::new(x.rows, weight.rows, weight.cols);
+        let shape = Shape::new(x.rows, (weight.rows, weight.cols), in_blocks);
         let (epilogue, taps) = match (self.conv, self.residual) {
             (Some((_, _, width)), _) => (1, width),
             (None, residual) => (if residual { 2 } else { 0 }, 1),
@@ -224,6 +233,7 @@ impl Op for Product {
         let slots = io.optional_input(4).map_or(0, |m| m.address());
         let kernel = Kernel::new(&PROGRAM, NAME)
             .define_type("TO", out.dtype)
+            .define("Q8", i32::from(in_blocks))
             .define("K", weight.cols)
             .define("WARPS", shape.warps)
             .define("MT", shape.row_tiles)
@@ -257,18 +267,22 @@ struct Shape {
     stages: usize,
     row_blocks: usize,
     token_blocks: usize,
+    /// Bytes of 8 columns of a row, and of the scales of a block's rows.
+    piece: usize,
+    scales: usize,
 }
 
 impl Shape {
     /// Up to 16 tokens a block has all of them and one tile of rows: the weights alone count. With more, what counts is
     /// what one multiprocessor reads: the rows and the tokens of each of its blocks.
-    fn new(tokens: usize, n: usize, k: usize) -> Shape {
+    fn new(tokens: usize, (n, k): (usize, usize), in_blocks: bool) -> Shape {
         let steps = k.div_ceil(32);
         let warps = if steps >= 16 { 8 } else { 4 };
         let shape = |row_tiles: usize, token_tiles: usize| {
-            let stages = steps.div_ceil(warps).clamp(1, RING / (1024 * row_tiles * warps));
+            let (piece, scales) = if in_blocks { (8, steps * 16 * row_tiles * 4) } else { (16, 0) };
+            let stages = steps.div_ceil(warps).clamp(1, RING / (64 * piece * row_tiles * warps));
             let (row_blocks, token_blocks) = (n.div_ceil(16 * row_tiles), tokens.div_ceil(8 * token_tiles));
-            Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks }
+            Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks, piece, scales }
         };
         if tokens <= 16 {
             return shape(1, tokens.div_ceil(8));
@@ -279,9 +293,10 @@ impl Shape {
         shapes.min_by_key(read).expect("eight shapes")
     }
 
+    /// The ring of copies, in whose place the sums of the warps come, and the scales behind it.
     fn shared(&self) -> usize {
-        let ring = self.stages * 1024 * self.row_tiles * self.warps;
+        let ring = self.stages * 64 * self.piece * self.row_tiles * self.warps;
         let sums = self.warps * 8 * self.token_tiles * (16 * self.row_tiles + 4) * 4;
-        ring.max(sums)
+        ring.max(sums).next_multiple_of(16) + self.scales
     }
 }

@@ -65,6 +65,20 @@ fn products_with_bias_and_scale() {
 }
 
 #[test]
+fn weights_in_blocks() {
+    for shape @ (t, k, n) in
+        [(1, 128, 1), (1, 768, 40), (9, 256, 50), (16, 5120, 200), (17, 128, 2200), (40, 768, 80), (64, 768, 3080)]
+    {
+        let (x, w) = (Value::random(t, k, 1).to_bf16(), Value::random(n, k, 2).to_q8_0());
+        let mut case = Case::new();
+        let plain = StepLinear::new(case.input("x", &x), case.input("w", &w), None);
+        let y = step_linear(&mut case.graph, StepLinear { dtype: DType::F32, ..plain }).unwrap();
+        case.output("y", y);
+        case.run_on_gpu(|out| compare("the product", shape, &product(&x, &w), &out["y"], F32_BOUND));
+    }
+}
+
+#[test]
 fn a_step_of_the_convolution() {
     for shape @ (t, k, n) in SHAPES {
         let slots = t + 2;
