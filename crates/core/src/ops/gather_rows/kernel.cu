@@ -146,7 +146,7 @@ KERNEL __launch_bounds__(256) add_pieces(Mat<TI> values, const int* rows, const 
 #pragma unroll 4
             for (; k < stop; k++) {
                 float v[V];
-                load<V>(v, values.row(sorted[k]) + c);
+                load_at<V>(v, values.row(sorted[k]), c, cols);
 #pragma unroll
                 for (int j = 0; j < V; j++) total[j] += v[j];
             }

@@ -170,7 +170,7 @@ fn wrong_operands_are_named_errors() {
     let x = g.new_tensor(DType::BF16, 2, 12);
     let w = g.new_tensor(DType::BF16, 5, 12);
     let error = step_linear(&mut g, StepLinear::new(x, w, None)).unwrap_err().to_string();
-    assert!(error.contains("columns in eights, but has 12"), "{error}");
+    assert!(error.contains("multiple of 8 columns, but has 12"), "{error}");
     let wide = g.new_tensor(DType::BF16, 5, 16);
     let error = step_linear(&mut g, StepLinear::new(x, wide, None)).unwrap_err().to_string();
     assert_eq!(error, "step_linear: x must be [any, 16], but is [2, 12]");
