@@ -43,6 +43,8 @@
 #define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
+// An odd distance of the rows in the scales, for the same reason.
+#define SCALE_PITCH (STEPS | 1)
 
 // out = x · weightᵀ ⊙ scale (+ bias), with scale[t] = 1/√(mean square of token t + ε) from `parts` partial sums a token.
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
@@ -57,7 +59,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
 #if Q8
     constexpr int ring_bytes = STAGES * 2 * MT * THREADS * 8, sum_bytes = WARPS * TOKENS * PITCH * 4;
-    float* scales = reinterpret_cast<float*>(bytes + ((ring_bytes > sum_bytes ? ring_bytes : sum_bytes) + 15) / 16 * 16);  // [STEPS][ROWS]
+    float* scales = reinterpret_cast<float*>(bytes + ((ring_bytes > sum_bytes ? ring_bytes : sum_bytes) + 15) / 16 * 16);  // [ROWS][SCALE_PITCH]
 #endif
 #if SCALE
     __shared__ float scale[TOKENS];
@@ -97,7 +99,7 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
 #if Q8
     for (int e = threadIdx.x; e < STEPS * ROWS; e += THREADS) {
         int r = row0 + e / STEPS;
-        scales[e % STEPS * ROWS + e / STEPS] = q8_scale(weight.row(r < rows ? r : rows - 1), K, e % STEPS);
+        scales[e / STEPS * SCALE_PITCH + e % STEPS] = q8_scale(weight.row(r < rows ? r : rows - 1), K, e % STEPS);
     }
     __syncthreads();
 #endif
@@ -185,8 +187,8 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
         for (int m = 0; m < MT; m++) {
 #if Q8
             u32x4 upper = q8_to_bf16(at[2 * m * THREADS]), lower = q8_to_bf16(at[(2 * m + 1) * THREADS]);
-            const float* of_rows = scales + (warp + i * WARPS) * ROWS + 16 * m + lane / 4;
-            float upper_scale = of_rows[0], lower_scale = of_rows[8];
+            const float* of_rows = scales + (16 * m + lane / 4) * SCALE_PITCH + warp + i * WARPS;
+            float upper_scale = of_rows[0], lower_scale = of_rows[8 * SCALE_PITCH];
 #else
             u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
 #endif
@@ -289,6 +291,6 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
         for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
         if (row == row0 && token < tokens && squares_out.present()) squares_out.row(token0 + token)[blockIdx.x] = square;
 #endif
-        if (inside(e)) set(out.row(token0 + token)[row], v);
+        if (inside(e) && (EPILOGUE != 2 || out.present())) set(out.row(token0 + token)[row], v);
     }
 }

@@ -215,7 +215,9 @@ impl Op for Product {
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
-        let (x, weight, out) = (io.input(0), io.input(1), io.output(0));
+        let (x, weight) = (io.input(0), io.input(1));
+        // Whoever normalises the stream itself does not read it weighted.
+        let out = io.optional_output(0);
         let aligned = |m: &Mat| m.address().is_multiple_of(16) && m.stride.is_multiple_of(8);
         let in_blocks = weight.dtype.blocks().is_some();
         if !aligned(&x) || !aligned(&weight) {
@@ -232,7 +234,7 @@ impl Op for Product {
         let parts = io.optional_input(3).map_or(0, |s| s.cols);
         let slots = io.optional_input(4).map_or(0, |m| m.address());
         let kernel = Kernel::new(&PROGRAM, NAME)
-            .define_type("TO", out.dtype)
+            .define_type("TO", out.map_or(DType::BF16, |out| out.dtype))
             .define("Q8", i32::from(in_blocks))
             .define("K", weight.cols)
             .define("WARPS", shape.warps)
@@ -279,7 +281,7 @@ impl Shape {
         let steps = k.div_ceil(32);
         let warps = if steps >= 16 { 8 } else { 4 };
         let shape = |row_tiles: usize, token_tiles: usize| {
-            let (piece, scales) = if in_blocks { (8, steps * 16 * row_tiles * 4) } else { (16, 0) };
+            let (piece, scales) = if in_blocks { (8, (steps | 1) * 16 * row_tiles * 4) } else { (16, 0) };
             let stages = steps.div_ceil(warps).clamp(1, RING / (64 * piece * row_tiles * warps));
             let (row_blocks, token_blocks) = (n.div_ceil(16 * row_tiles), tokens.div_ceil(8 * token_tiles));
             Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks, piece, scales }

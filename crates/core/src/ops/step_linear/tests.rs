@@ -161,6 +161,14 @@ fn a_residual_and_the_first_half_of_a_norm() {
         let out = step_linear_residual(&mut case.graph, plain, residual).unwrap();
         case.output("weighted", out.weighted);
         case.run_on_gpu(|out| compare("the weighted stream alone", shape, &weighted, &out["weighted"], BF16_BOUND));
+
+        // As there, where a norm of its own follows.
+        let mut case = Case::new();
+        let plain = StepLinear::new(case.input("x", &x), case.input("w", &w), None);
+        let residual = Residual { residual: case.input("r", &r), norm_weight: case.input("weight", &weight) };
+        let out = step_linear_residual(&mut case.graph, plain, residual).unwrap();
+        case.output("stream", out.stream);
+        case.run_on_gpu(|out| compare("the stream alone", shape, &stream, &out["stream"], F32_BOUND));
     }
 }
 
