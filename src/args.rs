@@ -24,8 +24,14 @@ pub enum Command {
     Forward(ForwardArgs),
     /// Say what a checkpoint or state file is.
     Inspect(InspectArgs),
+    /// How well a model does.
+    Eval(EvalArgs),
     /// Convert a checkpoint between formats, without loss.
     Convert(ConvertArgs),
+    /// A step of the theory computed, checked and drawn; without a name, what there is.
+    Explain(ExplainArgs),
+    /// Write a checkpoint as a GGUF file with matrices of fewer bits.
+    Quantize(QuantizeArgs),
     /// Measure speed and the share of the machine's ceiling that it is.
     Bench(BenchArgs),
 }
@@ -42,7 +48,7 @@ pub struct Compute {
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
     /// Type of the matrices in products; on a GPU also of stored activations. States, norms and parameters that are
-    /// trained stay f32.
+    /// trained stay f32. q8_0 and q4_k are for using a model on a CPU.
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeArg>,
     /// Threads on the CPU [default: all cores].
@@ -76,6 +82,12 @@ impl RecomputeArg {
 pub enum DTypeArg {
     F32,
     Bf16,
+    /// Blocks of 32 numbers with a scale, 8 bits each.
+    #[value(name = "q8_0")]
+    Q8,
+    /// Blocks of 256 numbers with scales and minima, 4 bits each; the output matrix takes 6 bits.
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl DTypeArg {
@@ -83,6 +95,16 @@ impl DTypeArg {
         match self {
             DTypeArg::F32 => DType::F32,
             DTypeArg::Bf16 => DType::BF16,
+            DTypeArg::Q8 => DType::Q8_0,
+            DTypeArg::Q4K => DType::Q4_K,
+        }
+    }
+
+    /// Refuses types that only weights for inference have.
+    pub fn check_trains(self) -> Result<(), Usage> {
+        match self.dtype() {
+            DType::F32 | DType::BF16 => Ok(()),
+            dtype => Err(Usage(format!("{dtype} is a type of weights that are only read; use f32 or bf16 here"))),
         }
     }
 }
@@ -178,7 +200,7 @@ pub struct TrainArgs {
 #[derive(Debug, Args)]
 #[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
-    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    /// A checkpoint: a folder, a GGUF file, or an id of the Hugging Face hub.
     #[arg(long, value_name = "PATH|HUB_ID")]
     pub model: String,
     /// Text to continue.
@@ -232,7 +254,7 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Args)]
 pub struct ForwardArgs {
-    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    /// A checkpoint: a folder, a GGUF file, or an id of the Hugging Face hub.
     #[arg(long, value_name = "PATH|HUB_ID")]
     pub model: String,
     /// A safetensors file with `input_ids` (batch, length), int64.
@@ -249,8 +271,44 @@ pub struct ForwardArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    pub command: EvalCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Predict every token of texts from everything before it in its document.
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// A checkpoint: a folder, or an id of the Hugging Face hub.
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: String,
+    /// Text: files, folders and globs of .txt and .jsonl, plain, .gz, .zst or .xz.
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    pub data: Vec<String>,
+    /// Field of the text in .jsonl files.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub field: String,
+    /// A tokenizer.json, where the model's folder has none.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Only the first N bytes of the texts.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub max_bytes: Option<usize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+#[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A checkpoint's folder, a hub id or a state file.
+    /// A checkpoint's folder, a GGUF file, a hub id or a state file.
     pub path: String,
     /// Print one JSON object.
     #[arg(long)]
@@ -259,13 +317,45 @@ pub struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
-    /// The checkpoint's folder or hub id.
+    /// The checkpoint's folder, GGUF file or hub id.
     pub input: String,
-    /// The folder to write; it must not exist.
+    /// The folder (for GGUF the file) to write; it must not exist.
     pub output: PathBuf,
-    /// Format to write [default: original from Hugging Face, and the other way round].
-    #[arg(long, value_enum)]
+    /// Format to write [default: GGUF where OUTPUT ends in .gguf, original from Hugging Face, else Hugging Face].
+    #[arg(long, alias = "to", value_enum)]
     pub format: Option<FormatArg>,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    /// The checkpoint's folder, GGUF file or hub id.
+    pub input: String,
+    /// The GGUF file to write; it must not exist.
+    pub output: PathBuf,
+    /// Type of the matrices; everything else is f32. With q4_k the output matrix takes q6_k, and rows that do not fit
+    /// take q8_0 or f16.
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub r#type: WeightType,
+    /// A tokenizer.json to put into the file instead of the checkpoint's.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Print one JSON object: bytes before and after, the type and the error of each tensor.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Types of matrices in a GGUF file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q4_k")]
+    Q4K,
+    Bf16,
+    F16,
+    F32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -274,6 +364,28 @@ pub enum FormatArg {
     Original,
     /// config.json + model.safetensors of transformers.
     Huggingface,
+    /// One file for llama.cpp, each matrix in the type it has.
+    Gguf,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// What to explain [default: list what there is].
+    pub name: Option<String>,
+    /// Folder for the picture, NAME.svg and NAME.png.
+    #[arg(long, value_name = "FOLDER", default_value = "explain")]
+    pub out: PathBuf,
+    /// With selection and ssd: a checkpoint to look into [default: a small one that ships].
+    #[arg(long, value_name = "PATH|HUB_ID")]
+    pub model: Option<String>,
+    /// With selection and ssd: the text that the model reads.
+    #[arg(long)]
+    pub text: Option<String>,
+    /// Print one JSON object: text, checks, tables and the numbers of the picture.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: Compute,
 }
 
 #[derive(Debug, Args)]

@@ -25,7 +25,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use hognose_engine::generate::Event;
-use hognose_model::checkpoint::{self, Checkpoint};
+use hognose_model::checkpoint::Checkpoint;
 use hognose_model::weights::{Form, Weights};
 
 /// Any error of hognose.
@@ -36,7 +36,7 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 pub struct LoadOptions {
     /// Where to compute; `None`: the CPU with all cores.
     pub device: Option<Device>,
-    /// Type of the matrices in products; `None`: bf16 where the checkpoint stores bf16, else f32.
+    /// Type of the matrices in products; `None`: what the checkpoint has ([`Form::of_checkpoint`]).
     pub dtype: Option<DType>,
     /// A tokenizer.json to use instead of the checkpoint's.
     pub tokenizer: Option<PathBuf>,
@@ -55,7 +55,7 @@ pub struct Loaded {
     pub path: PathBuf,
 }
 
-/// Loads a checkpoint: a folder in the original or the Hugging Face format, or an id of the hub (`org/name`).
+/// Loads a checkpoint: a folder in the original or the Hugging Face format, a GGUF file, or an id of the hub (`org/name`).
 ///
 /// # Errors
 /// Nothing there, a checkpoint that is damaged or not of a known kind, a tokenizer that cannot be read, too little
@@ -67,9 +67,11 @@ pub fn load(path_or_id: &str, options: &LoadOptions) -> Result<Loaded, Error> {
         Some(device) => device.clone(),
         None => Device::auto(None)?.0,
     };
-    let narrow = checkpoint.tensors().iter().any(|t| t.dtype == checkpoint::Dtype::BF16);
-    let dtype = options.dtype.unwrap_or(if narrow { DType::BF16 } else { DType::F32 });
-    let weights = Weights::load(&device, &checkpoint, Form::inference(&device, dtype))?;
+    let form = match options.dtype {
+        Some(dtype) => Form::inference(&device, dtype),
+        None => Form::of_checkpoint(&device, &checkpoint),
+    };
+    let weights = Weights::load(&device, &checkpoint, form)?;
     let tokenizer = match &options.tokenizer {
         Some(file) => Some(Tokenizer::load(file)?),
         None => Tokenizer::find(&path)?,

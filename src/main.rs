@@ -16,6 +16,11 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Parser;
+use peak_alloc::PeakAlloc;
+
+/// The system's allocator, which also counts bytes: `explain` says what its computations need.
+#[global_allocator]
+static HEAP: PeakAlloc = PeakAlloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
@@ -23,8 +28,11 @@ fn main() -> ExitCode {
         args::Command::Train(args) => commands::train::run(args),
         args::Command::Generate(args) => commands::generate::run(args),
         args::Command::Forward(args) => commands::forward::run(args),
+        args::Command::Eval(args) => commands::eval::run(args),
         args::Command::Inspect(args) => commands::inspect::run(args),
         args::Command::Convert(args) => commands::convert::run(args),
+        args::Command::Explain(args) => commands::explain::run(args),
+        args::Command::Quantize(args) => commands::quantize::run(args),
         args::Command::Bench(args) => commands::bench::run(args),
     };
     match result {

@@ -13,10 +13,10 @@ use hognose_core::error::human_bytes;
 use hognose_core::graph::Recompute;
 use hognose_core::ops::adamw::Hyper;
 use hognose_engine::{Sampler, Sampling};
-use hognose_model::checkpoint::Checkpoint;
+use hognose_model::checkpoint::{Checkpoint, is_gguf};
 use hognose_model::presets;
 use hognose_model::session::Model;
-use hognose_model::weights::{Form, Weights};
+use hognose_model::weights::{Form, Weights, matrix_shape};
 use hognose_train::step::{GradientPlan, StepInputs, StepShape, UpdatePlan};
 
 use crate::args::{BenchArgs, DTypeArg, Mode, Usage};
@@ -46,11 +46,17 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     let form = if args.mode == Mode::Train { Form::Training(dtype) } else { Form::inference(&device, dtype) };
-    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (form, &device) {
+    if let (Mode::Train, Some(dtype)) = (args.mode, args.compute.dtype) {
+        dtype.check_trains()?;
+    }
+    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (&form, &device) {
         let message = "training in bf16 needs a GPU; use --dtype f32 on the CPU";
         return Err(Usage(message.into()).into());
     }
-    let model = load(name, device, form)?;
+    // What a GGUF file holds is what its user wants to know about.
+    let as_stored = args.mode != Mode::Train && args.compute.dtype.is_none() && is_gguf(Path::new(name));
+    let model = load(name, device, (!as_stored).then_some(form))?;
+    let dtype = if as_stored { "as stored".to_string() } else { dtype.to_string() };
     eprintln!("{name}: {} parameters on {}", thousands(model.config.parameter_count()), model.device.describe());
     let ceiling = model.device.measure_ceiling();
     let found = match args.mode {
@@ -58,14 +64,15 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         Mode::Decode => decode(&model, &args)?,
         Mode::Train => train(&model, &args)?,
     };
-    report(&args, name, &model, dtype, &ceiling, &found)
+    report(&args, name, &model, &dtype, &ceiling, &found)
 }
 
-/// A preset with random weights, or a checkpoint.
-fn load(name: &str, device: Device, form: Form) -> anyhow::Result<Model> {
+/// A preset with random weights, or a checkpoint; without a form in the one that it has by itself.
+fn load(name: &str, device: Device, form: Option<Form>) -> anyhow::Result<Model> {
     if !Path::new(name).exists()
         && let Ok(config) = presets::preset(name)
     {
+        let form = form.unwrap_or_else(|| Form::inference(&device, DType::F32));
         let weights = Weights::initialise(&device, &config, form, 0)?;
         return Ok(Model { config, weights, device });
     }
@@ -73,6 +80,7 @@ fn load(name: &str, device: Device, form: Form) -> anyhow::Result<Model> {
         presets::preset(name).map_err(|e| Usage(e.to_string()))?;
     }
     let checkpoint = Checkpoint::open(hognose_model::hub::resolve(name)?)?;
+    let form = form.unwrap_or_else(|| Form::of_checkpoint(&device, &checkpoint));
     let weights = Weights::load(&device, &checkpoint, form)?;
     Ok(Model { config: checkpoint.config, weights, device })
 }
@@ -229,14 +237,17 @@ fn untouched_bytes(model: &Model) -> usize {
         return 0;
     }
     let embedding = model.weights.entries().find(|(_, spec)| spec.name == "backbone.embedding.weight");
-    embedding.map_or(0, |(_, spec)| spec.numel() * model.weights.form().of(spec, &model.config).0.size())
+    embedding.map_or(0, |(_, spec)| {
+        let (rows, cols) = matrix_shape(&spec.shape);
+        rows * model.weights.form().of(spec, &model.config).0.row_bytes(cols)
+    })
 }
 
 fn train(model: &Model, args: &BenchArgs) -> anyhow::Result<Found> {
     let Model { config, weights, device } = model;
     let tokens = args.batch * args.length;
     let shape = StepShape {
-        form: model.weights.form(),
+        form: model.weights.form().clone(),
         tokens,
         segments: args.batch,
         carry_state: false,
@@ -309,7 +320,7 @@ fn report(
     args: &BenchArgs,
     name: &str,
     model: &Model,
-    dtype: DType,
+    dtype: &str,
     ceiling: &Ceiling,
     found: &Found,
 ) -> anyhow::Result<()> {
@@ -324,7 +335,7 @@ fn report(
     show_profile(&found.profile);
     if args.json {
         let mut object = serde_json::json!({
-            "model": name, "mode": mode, "device": model.device.describe(), "dtype": dtype.to_string(),
+            "model": name, "mode": mode, "device": model.device.describe(), "dtype": dtype,
             "batch": args.batch, "length": args.length, "tokens_per_second": rate,
             "seconds": { "min": min, "median": median, "max": max }, "peak_bytes": found.peak_bytes,
             "ceiling": { "bound": bound, "share": share, "flops": ceiling.flops, "bandwidth": ceiling.bandwidth },

@@ -24,6 +24,9 @@ pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
         let message = "on a CPU --grads computes in f32; leave out --dtype bf16";
         return Err(Usage(message.into()).into());
     }
+    if let (true, Some(dtype)) = (args.grads, args.compute.dtype) {
+        dtype.check_trains()?;
+    }
     eprintln!("{}: {}", args.model, super::describe(&loaded));
     let vocabulary = loaded.model.config.padded_vocab;
 
@@ -61,7 +64,7 @@ pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
         }
         let device = loaded.model.device.clone();
         let folder = loaded.path.clone();
-        let loaded_form = loaded.model.weights.form();
+        let loaded_form = loaded.model.weights.form().clone();
         drop(session);
         drop(loaded);
         let checkpoint = Checkpoint::open(&folder)?;

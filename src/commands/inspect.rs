@@ -8,9 +8,10 @@ use hognose_core::DType;
 use hognose_core::error::human_bytes;
 use hognose_core::graph::Layout;
 use hognose_model::checkpoint;
-use hognose_model::config::Mixer;
+use hognose_model::config::{LayerConfig, ParamSpec};
+use hognose_model::pattern;
 use hognose_model::state::{self, LayerState};
-use hognose_model::weights::Form;
+use hognose_model::weights::{Form, matrix_shape};
 
 use crate::args::InspectArgs;
 use crate::terminal::thousands;
@@ -18,10 +19,11 @@ use crate::terminal::thousands;
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let path = Path::new(&args.path);
     let mut out = std::io::stdout().lock();
-    if path.is_file() {
+    if path.is_file() && !checkpoint::is_gguf(path) {
         let Some(lines) = state::describe(path) else {
             anyhow::bail!(
-                "{} is a file, but no state file of hognose; for a checkpoint give its folder (with config.json)",
+                "{} is a file, but neither a state file of hognose nor a GGUF file; for another checkpoint give its \
+                 folder (with config.json)",
                 path.display()
             );
         };
@@ -53,7 +55,20 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     writeln!(out, "  architecture {} ({} format, model_type {})", found.architecture, found.format, found.model_type)?;
     let tied = if config.tie_embeddings { "tied" } else { "untied" };
     writeln!(out, "  vocabulary   {} in {} rows, {tied}", thousands(config.vocab_size as u64), config.padded_vocab)?;
-    writeln!(out, "  layers       {} × {}", config.n_layer(), mixer(config))?;
+    writeln!(
+        out,
+        "  layers       {} of width {}: {}",
+        config.n_layer(),
+        config.d_model,
+        pattern::outline(&config.layers)
+    )?;
+    let mut kinds: Vec<&LayerConfig> = Vec::new();
+    for layer in &config.layers {
+        if !kinds.contains(&layer) {
+            writeln!(out, "               {}", pattern::full(layer))?;
+            kinds.push(layer);
+        }
+    }
     let dtypes: Vec<String> = found.dtypes.iter().map(|(d, n)| format!("{} in {d}", thousands(*n))).collect();
     writeln!(out, "  parameters   {} ({})", thousands(found.parameters), dtypes.join(", "))?;
     writeln!(
@@ -76,28 +91,6 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn mixer(config: &ModelConfig) -> String {
-    let Some(layer) = config.layers.first() else { return "nothing".into() };
-    let mlp = layer.d_intermediate.map(|h| format!(", MLP of {h}")).unwrap_or_default();
-    match &layer.mixer {
-        Mixer::Mamba1(m) => format!(
-            "Mamba-1: d_model {}, d_inner {}, d_state {}, d_conv {}, dt_rank {}{mlp}",
-            config.d_model, m.d_inner, m.d_state, m.d_conv, m.dt_rank
-        ),
-        Mixer::Mamba2(m) => format!(
-            "Mamba-2: d_model {}, d_ssm {}, {} heads of {}, d_state {}, {} groups, d_conv {}, chunk {}{mlp}",
-            config.d_model,
-            m.d_ssm,
-            m.nheads(),
-            m.headdim,
-            m.d_state,
-            m.ngroups,
-            m.d_conv,
-            m.chunk_size
-        ),
-    }
-}
-
 /// Bytes that uses of a model need.
 struct Memory {
     weights_f32: u64,
@@ -109,9 +102,13 @@ struct Memory {
 impl Memory {
     fn of(config: &ModelConfig) -> Memory {
         let bytes = |form: Form| -> u64 {
-            config.parameters().iter().map(|p| p.numel() as u64 * form.of(p, config).0.size() as u64).sum()
+            let bytes = |p: &ParamSpec| {
+                let (rows, cols) = matrix_shape(&p.shape);
+                (rows * form.of(p, config).0.row_bytes(cols)) as u64
+            };
+            config.parameters().iter().map(bytes).sum()
         };
-        let state = config.layers.iter().map(LayerState::of).map(|l| 4 * (l.conv + l.ssm) as u64).sum();
+        let state = config.layers.iter().map(|l| 4 * LayerState::of(l).values() as u64).sum();
         Memory {
             weights_f32: bytes(Form::Inference(DType::F32, Layout::Rows)),
             weights_bf16: bytes(Form::Inference(DType::BF16, Layout::Rows)),

@@ -2,9 +2,12 @@
 
 pub mod bench;
 pub mod convert;
+pub mod eval;
+pub mod explain;
 pub mod forward;
 pub mod generate;
 pub mod inspect;
+pub mod quantize;
 pub mod train;
 
 use hognose::{DType, LoadOptions, Loaded};
@@ -29,6 +32,9 @@ pub fn describe(loaded: &Loaded) -> String {
     let dtype = match loaded.model.weights.form() {
         Form::Inference(DType::BF16, Layout::Panels) => "bf16 matrices",
         Form::Inference(DType::BF16, Layout::Rows) => "bf16",
+        Form::Inference(DType::Q8_0, _) => "q8_0 matrices",
+        Form::Inference(DType::Q4_K, _) => "q4_k matrices",
+        Form::Stored(..) => "matrices as stored",
         _ => "f32",
     };
     format!(

@@ -93,6 +93,7 @@ fn configuration(args: &TrainArgs) -> anyhow::Result<TrainConfig> {
     if !args.devices.is_empty() {
         config.devices.clone_from(&args.devices);
     }
+    args.compute.dtype.map_or(Ok(()), DTypeArg::check_trains)?;
     apply(&args.compute, &mut config);
     config.resolve().map_err(|e| Usage(e.to_string()).into())
 }
@@ -105,7 +106,8 @@ fn apply(compute: &Compute, config: &mut TrainConfig) {
         DeviceArg::Cuda => config.device = DeviceKind::Cuda,
     }
     match compute.dtype {
-        None => {}
+        // Others were refused.
+        None | Some(DTypeArg::Q8 | DTypeArg::Q4K) => {}
         Some(DTypeArg::F32) => config.dtype = Dtype::F32,
         Some(DTypeArg::Bf16) => config.dtype = Dtype::Bf16,
     }

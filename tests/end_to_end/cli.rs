@@ -10,7 +10,7 @@ const MODEL: &str = "hf/mamba";
 fn usage() {
     assert!(succeeds(&["--version"]).starts_with("hognose "));
     let help = succeeds(&["--help"]);
-    for command in ["train", "generate", "forward", "inspect", "convert", "bench"] {
+    for command in ["train", "generate", "forward", "eval", "inspect", "convert", "quantize", "explain", "bench"] {
         assert!(help.contains(command), "{command}");
         assert!(succeeds(&[command, "--help"]).contains("Usage: hognose"), "{command}");
     }
@@ -146,8 +146,8 @@ fn inspect_reads_states_and_refuses_the_rest() {
     assert_eq!(json["position"], "4");
     assert!(succeeds(&["inspect", arg(&state)]).contains("hognose-state"));
     fails(1, &["inspect", "/no/such"], &["/no/such"]);
-    fails(1, &["inspect", arg(&model.join("model.safetensors"))], &["no state file", "give its folder"]);
-    fails(1, &["inspect", arg(&model.join("config.json"))], &["no state file"]);
+    fails(1, &["inspect", arg(&model.join("model.safetensors"))], &["neither a state file", "give its folder"]);
+    fails(1, &["inspect", arg(&model.join("config.json"))], &["neither a state file"]);
     fails(1, &["inspect", arg(scratch.path())], &["config.json"]);
 }
 
@@ -158,7 +158,7 @@ fn convert_refuses() {
     let to = scratch.path().join("to");
     fails(1, &["convert", "/no/such", arg(&to)], &["/no/such"]);
     fails(1, &["convert", arg(&model), arg(scratch.path())], &["already exists"]);
-    fails(2, &["convert", arg(&model), arg(&to), "--format", "gguf"], &["gguf", "original", "huggingface"]);
+    fails(2, &["convert", arg(&model), arg(&to), "--format", "onnx"], &["onnx", "original", "huggingface", "gguf"]);
     assert!(!to.exists());
     let file = scratch.path().join("file");
     fs::write(&file, "precious").unwrap();

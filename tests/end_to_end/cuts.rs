@@ -23,15 +23,15 @@ fn vocabulary(loaded: &Loaded) -> usize {
 }
 
 /// Logits of all tokens and the state after them.
-type Outcome = (Vec<f32>, Vec<f32>);
+pub type Outcome = (Vec<f32>, Vec<f32>);
 
 /// All tokens in one call.
-fn whole(loaded: &Loaded, ids: &[u32]) -> Outcome {
+pub fn whole(loaded: &Loaded, ids: &[u32]) -> Outcome {
     in_chunks(loaded, ids, |_| ids.len())
 }
 
 /// In calls of `length(tokens done)` tokens.
-fn in_chunks(loaded: &Loaded, ids: &[u32], mut length: impl FnMut(usize) -> usize) -> Outcome {
+pub fn in_chunks(loaded: &Loaded, ids: &[u32], mut length: impl FnMut(usize) -> usize) -> Outcome {
     let mut session = Session::new(&loaded.model, 1).unwrap();
     let (mut logits, mut done) = (Vec::new(), 0);
     while done < ids.len() {
@@ -45,7 +45,7 @@ fn in_chunks(loaded: &Loaded, ids: &[u32], mut length: impl FnMut(usize) -> usiz
 }
 
 /// Several sequences at once, of which each call takes `length()` more tokens, perhaps none.
-fn packed(loaded: &Loaded, sequences: &[Vec<u32>], mut length: impl FnMut() -> usize) -> Vec<Outcome> {
+pub fn packed(loaded: &Loaded, sequences: &[Vec<u32>], mut length: impl FnMut() -> usize) -> Vec<Outcome> {
     let mut session = Session::new(&loaded.model, sequences.len()).unwrap();
     let mut done = vec![0; sequences.len()];
     let mut logits = vec![Vec::new(); sequences.len()];
@@ -71,7 +71,7 @@ fn packed(loaded: &Loaded, sequences: &[Vec<u32>], mut length: impl FnMut() -> u
 }
 
 /// In random calls, between which the state goes through a file into a new session.
-fn through_files(loaded: &Loaded, ids: &[u32], mut length: impl FnMut() -> usize) -> Outcome {
+pub fn through_files(loaded: &Loaded, ids: &[u32], mut length: impl FnMut() -> usize) -> Outcome {
     let scratch = folder();
     let file = scratch.path().join("state");
     let mut state = State::zero(&loaded.model.config, loaded.model.weights.fingerprint());
@@ -92,12 +92,12 @@ fn through_files(loaded: &Loaded, ids: &[u32], mut length: impl FnMut() -> usize
 }
 
 /// Not `assert_eq`, which would print thousands of numbers.
-fn same(found: &Outcome, expected: &Outcome, what: &str) {
+pub fn same(found: &Outcome, expected: &Outcome, what: &str) {
     assert!(found.0 == expected.0, "{what}: logits are off by {:e}", distance(&found.0, &expected.0));
     assert!(found.1 == expected.1, "{what}: the state is off by {:e}", distance(&found.1, &expected.1));
 }
 
-fn near(found: &Outcome, expected: &Outcome, what: &str) {
+pub fn near(found: &Outcome, expected: &Outcome, what: &str) {
     let far = distance(&found.0, &expected.0).max(distance(&found.1, &expected.1));
     assert!(far <= OFF_GRID, "{what}: off by {far:e}");
 }

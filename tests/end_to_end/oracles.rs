@@ -125,3 +125,27 @@ fn converting_loses_nothing() {
         fails(1, &["convert", arg(&model), arg(&there)], &["already exists"]);
     }
 }
+
+/// Bounds on logits with matrices in blocks, everything else in f32. Rows of these models have 64 to 160 numbers, so q4_k
+/// takes 8 bits, too.
+const Q8_LOGITS: f32 = 2e-2;
+
+#[test]
+fn matrices_in_blocks_stay_near() {
+    let scratch = folder();
+    for name in ORACLES {
+        let file = oracle(name).join("expected.safetensors");
+        let expected = read_tensors(&file);
+        let out = scratch.path().join("out.safetensors");
+        let eight = forward(&oracle(name), &file, &out, &["--dtype", "q8_0"]);
+        let far = distance(&eight["logits"].1, &expected["logits"].1);
+        assert!(far <= Q8_LOGITS, "{name}: logits are off by {far:e}");
+        assert!(far > bounds(name).logits, "{name}: off by {far:e} only, as if nothing were rounded");
+        let four = forward(&oracle(name), &file, &out, &["--dtype", "q4_k", "--threads", "1"]);
+        assert_eq!(four["logits"], eight["logits"], "{name}");
+        let more = ["--grads", "--dtype", "q8_0"];
+        let model = oracle(name);
+        let args = ["forward", "--model", arg(&model), "--ids", arg(&file), "--out", arg(&out)];
+        fails(2, &[&args[..], &more[..]].concat(), &["q8_0", "f32"]);
+    }
+}

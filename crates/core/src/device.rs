@@ -216,6 +216,13 @@ impl Buffer {
         }
     }
 
+    /// `len` bytes of a CPU's buffer from byte `offset` on, to fill in place.
+    fn bytes_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.bytes) && self.cuda.is_none());
+        // SAFETY: the range lies inside the buffer, which is the host's, and `&mut self` makes the borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(offset), len) }
+    }
+
     /// `len` elements of a CPU's buffer from byte `offset` on, to fill in place.
     fn elements_mut<T: Element>(&mut self, offset: usize, len: usize) -> &mut [T] {
         let end = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(offset));
@@ -349,18 +356,36 @@ impl Device {
 
     /// Bytes of a matrix `[rows, cols]` in this type and layout.
     pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
-        let elements = match (layout, self) {
+        match (layout, self) {
+            _ if dtype.blocks().is_some() => gemm::blocks_len(dtype, cols, rows),
             (MatrixLayout::Panels, Device::Cpu(cpu)) if dtype == DType::BF16 => {
-                gemm::packed_len::<bf16>(cpu.isa, cols, rows)
+                2 * gemm::packed_len::<bf16>(cpu.isa, cols, rows)
             }
-            (MatrixLayout::Panels, Device::Cpu(cpu)) => gemm::packed_len::<f32>(cpu.isa, cols, rows),
-            _ => rows * cols,
-        };
-        elements * dtype.size()
+            (MatrixLayout::Panels, Device::Cpu(cpu)) => dtype.size() * gemm::packed_len::<f32>(cpu.isa, cols, rows),
+            _ => rows * cols * dtype.size(),
+        }
     }
 
+    /// Whether the device computes with weights of this type.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where it does not.
+    pub fn check_weights(&self, dtype: DType) -> Result<(), Error> {
+        match (self, dtype.blocks()) {
+            (Device::Cuda(_), Some(_)) => {
+                let message = format!("a GPU does not compute with weights in {dtype} yet; use bf16, or the CPU");
+                Err(Error::Unsupported { op: "weights", message })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Rows that lie together in every layout: the rows of a matrix from a multiple of this on may be written as a matrix
+    /// of their own, [`Device::matrix_bytes`] of the rows before them behind its start.
+    pub const ROW_GROUP: usize = 64;
+
     /// Stores a row-major matrix `[rows, cols]` at byte `offset` in the type and layout that a plan expects of an
-    /// external tensor. Numbers are rounded to nearest where the type is narrower.
+    /// external tensor. Numbers are rounded to nearest where the type is narrower; see [`crate::quant`] for blocks.
     ///
     /// Panics if `values` has not `rows · cols` numbers, or if they do not fit into the buffer.
     pub fn write_matrix(
@@ -374,6 +399,10 @@ impl Device {
         let bytes = self.matrix_bytes(dtype, layout, rows, cols);
         let weight = gemm::MatRef::new(values, rows, cols).t();
         match (layout, dtype, self) {
+            (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
+                let blocks = buffer.bytes_mut(offset, bytes);
+                gemm::encode_blocks(&cpu.pool, dtype, values, (rows, cols), blocks);
+            }
             (MatrixLayout::Panels, DType::BF16, Device::Cpu(cpu)) => {
                 gemm::pack_into::<f32, bf16>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 2));
             }
@@ -386,6 +415,23 @@ impl Device {
             }
             _ => buffer.write(offset, values),
         }
+    }
+
+    /// Stores a matrix `[rows, cols]` that a file has in blocks, row after row ([`DType::row_bytes`]), as
+    /// [`Device::write_matrix`] does, with the same numbers exactly.
+    ///
+    /// Panics if the type is none of blocks, if `blocks` has another size, or if they do not fit into the buffer.
+    pub fn write_blocks(
+        &self,
+        buffer: &mut Buffer,
+        offset: usize,
+        (dtype, layout): (DType, MatrixLayout),
+        (rows, cols): (usize, usize),
+        blocks: &[u8],
+    ) {
+        assert_eq!(blocks.len(), gemm::blocks_len(dtype, cols, rows), "rows of blocks");
+        assert_eq!(blocks.len(), self.matrix_bytes(dtype, layout, rows, cols), "blocks lie as in a file");
+        buffer.write_bytes(offset, blocks);
     }
 
     /// Bytes of memory that are free now.

@@ -15,6 +15,7 @@ pub mod meeting;
 pub mod ops;
 pub mod pack;
 pub mod plan;
+pub mod quant;
 pub mod readback;
 pub mod rng;
 

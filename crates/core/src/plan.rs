@@ -191,7 +191,8 @@ impl Plan {
         };
         let tensor = self.graph.tensor(t);
         Mat {
-            ptr: ptr.wrapping_add(col * base.dtype.size()),
+            // Weights have no views, and blocks no columns.
+            ptr: if col == 0 { ptr } else { ptr.wrapping_add(col * base.dtype.size()) },
             rows: tensor.rows,
             cols: tensor.cols,
             stride: base.cols,
@@ -235,12 +236,14 @@ fn reads_root(graph: &Graph, node: &Node, t: TensorId) -> bool {
     node.op.is_placement() && node.inputs.iter().flatten().any(|&input| graph.root(input).0 == graph.root(t).0)
 }
 
-/// Refuses bf16 activations: kernels for the CPU read bf16 in weights only.
+/// Refuses bf16 activations: kernels for the CPU read bf16 and blocks in weights only.
 fn check_types(graph: &Graph, order: &[usize]) -> Result<(), Error> {
     for &i in order {
         let node = &graph.nodes[i];
-        let inputs = node.inputs.iter().enumerate().filter(|(i, _)| node.op.bf16_weight() != Some(*i)).map(|(_, t)| t);
-        if inputs.chain(&node.outputs).flatten().any(|&t| graph.dtype(t) == DType::BF16) {
+        let inputs =
+            node.inputs.iter().enumerate().filter(|(i, _)| node.op.narrow_weight() != Some(*i)).map(|(_, t)| t);
+        let wide = |&t: &TensorId| matches!(graph.dtype(t), DType::F32 | DType::I32);
+        if !inputs.chain(&node.outputs).flatten().all(wide) {
             let message = "on a CPU activations are f32; bf16 activations need a GPU".into();
             return Err(Error::Unsupported { op: node.op.name(), message });
         }

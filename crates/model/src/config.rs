@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::mixers::AttentionConfig;
+
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
 /// Largest number of layers that is taken for real.
@@ -79,6 +81,8 @@ pub enum Mixer {
     Mamba1(Mamba1Config),
     /// State space duality, one scalar decay per head (Dao & Gu 2024, arXiv 2405.21060).
     Mamba2(Mamba2Config),
+    /// Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions.
+    Attention(AttentionConfig),
 }
 
 /// A Mamba-1 mixer.
@@ -163,6 +167,7 @@ impl Mixer {
         match self {
             Mixer::Mamba1(m) => m.d_inner,
             Mixer::Mamba2(m) => m.d_inner,
+            Mixer::Attention(m) => m.heads * m.headdim,
         }
     }
 }
@@ -190,15 +195,15 @@ pub enum ConfigError {
     TooLarge { found: u128, max: u128 },
 }
 
-fn size(what: impl Fn() -> String, found: usize, min: usize, max: usize) -> Result<(), ConfigError> {
+pub(crate) fn size(what: impl Fn() -> String, found: usize, min: usize, max: usize) -> Result<(), ConfigError> {
     if found < min || found > max { Err(ConfigError::Size { what: what(), found, min, max }) } else { Ok(()) }
 }
 
-fn positive(what: impl Fn() -> String, found: usize) -> Result<(), ConfigError> {
+pub(crate) fn positive(what: impl Fn() -> String, found: usize) -> Result<(), ConfigError> {
     size(what, found, 1, MAX_SIZE)
 }
 
-fn multiple(layer: usize, what: &str, value: usize, of: &str, divisor: usize) -> Result<(), ConfigError> {
+pub(crate) fn multiple(layer: usize, what: &str, value: usize, of: &str, divisor: usize) -> Result<(), ConfigError> {
     if divisor == 0 || !value.is_multiple_of(divisor) {
         return Err(ConfigError::NotMultiple { what: format!("layer {layer}: {what}"), value, of: of.into(), divisor });
     }
@@ -305,6 +310,7 @@ impl ModelConfig {
         match &layer.mixer {
             Mixer::Mamba1(m) => m.parameters(self.d_model, scale, &mut all),
             Mixer::Mamba2(m) => m.parameters(self.d_model, scale, &mut all),
+            other => other.parameters(self.d_model, scale, &mut all),
         }
         if let Some(h) = layer.d_intermediate {
             all.extend(self.norm_tensors("norm2"));
@@ -350,6 +356,7 @@ impl LayerConfig {
                     return Err(ConfigError::DtLimit { low, high });
                 }
             }
+            other => other.validate(i)?,
         }
         Ok(())
     }
@@ -386,7 +393,7 @@ impl Mamba2Config {
     }
 }
 
-fn linear(name: &str, rows: usize, columns: usize, bias: bool, scale: f32, all: &mut Vec<ParamSpec>) {
+pub(crate) fn linear(name: &str, rows: usize, columns: usize, bias: bool, scale: f32, all: &mut Vec<ParamSpec>) {
     all.push(ParamSpec::matrix(format!("{name}.weight"), rows, columns, scale));
     if bias {
         all.push(ParamSpec::new(format!("{name}.bias"), [rows], ParamKind::Bias, Init::Zeros));
@@ -394,7 +401,7 @@ fn linear(name: &str, rows: usize, columns: usize, bias: bool, scale: f32, all: 
 }
 
 /// torch's default for a depthwise Conv1d, which mamba-ssm keeps: weight and bias U(±1/√width).
-fn convolution(channels: usize, width: usize, bias: bool, all: &mut Vec<ParamSpec>) {
+pub(crate) fn convolution(channels: usize, width: usize, bias: bool, all: &mut Vec<ParamSpec>) {
     let init = Init::Uniform { bound: (width as f32).powf(-0.5) };
     all.push(ParamSpec::new("mixer.conv1d.weight", [channels, 1, width], ParamKind::Convolution, init));
     if bias {
@@ -472,13 +479,13 @@ pub struct ParamSpec {
 }
 
 impl ParamSpec {
-    fn new<const R: usize>(name: impl Into<String>, shape: [usize; R], kind: ParamKind, init: Init) -> Self {
+    pub(crate) fn new<const R: usize>(name: impl Into<String>, shape: [usize; R], kind: ParamKind, init: Init) -> Self {
         let weight_decay = matches!(kind, ParamKind::Embedding | ParamKind::Matrix | ParamKind::Convolution);
         ParamSpec { name: name.into(), shape: shape.to_vec(), kind, init, weight_decay }
     }
 
     /// A matrix that starts as torch's Linear does, times `scale`.
-    fn matrix(name: impl Into<String>, rows: usize, columns: usize, scale: f32) -> Self {
+    pub(crate) fn matrix(name: impl Into<String>, rows: usize, columns: usize, scale: f32) -> Self {
         let init = Init::Uniform { bound: scale * (columns as f32).powf(-0.5) };
         Self::new(name, [rows, columns], ParamKind::Matrix, init)
     }
@@ -490,7 +497,7 @@ impl ParamSpec {
 }
 
 /// f32 as the shortest decimal that means it (1e-5, not 9.999999747378752e-6), and infinity as a text, which JSON lacks.
-mod number {
+pub(crate) mod number {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     #[derive(Deserialize, Serialize)]
@@ -532,11 +539,11 @@ mod number {
         }
     }
 
-    pub(super) fn serialize<S: Serializer>(x: &f32, s: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(x: &f32, s: S) -> Result<S::Ok, S::Error> {
         Number::from(*x).serialize(s)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f32, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f32, D::Error> {
         Number::deserialize(d)?.get()
     }
 }
@@ -581,7 +588,7 @@ mod tests {
     fn mamba2() -> Mamba2Config {
         match &preset("mamba2-130m").unwrap().layers[0].mixer {
             Mixer::Mamba2(m) => m.clone(),
-            Mixer::Mamba1(_) => unreachable!(),
+            other => panic!("{other:?}"),
         }
     }
 

@@ -28,6 +28,12 @@ pub enum Error {
     /// A file cannot be written.
     #[error(transparent)]
     Save(#[from] crate::atomic::SaveError),
+    /// A number that the scales of blocks do not reach.
+    #[error(
+        "{name} holds {value:e}, but numbers in {dtype} reach {:e} only; use bf16 or f32",
+        hognose_core::quant::LARGEST
+    )]
+    Magnitude { name: String, value: f32, dtype: hognose_core::DType },
     /// A state file that cannot be read or is none.
     #[error("{path} {message}")]
     File { path: PathBuf, message: String },

@@ -1,6 +1,6 @@
 //! Model sizes by name: the published Mamba and Mamba-2 models, and `tiny` for a laptop.
 
-use crate::config::{LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig, NormKind};
+use crate::config::{LayerConfig, Mixer, ModelConfig, NormKind};
 
 /// Published models: name, width, layers. Widths and depths of Mamba-2 are the same (arXiv 2312.00752, 2405.21060).
 const PUBLISHED: [(&str, usize, usize); 10] = [
@@ -43,21 +43,22 @@ pub fn preset(name: &str) -> Result<ModelConfig, UnknownPreset> {
     let Some(&(_, d_model, n_layer)) = PUBLISHED.iter().find(|p| p.0 == name) else {
         return Err(UnknownPreset { name: name.into() });
     };
-    let (mixer, multiple) = if name.starts_with("mamba2-") { (mamba2(d_model), 16) } else { (mamba1(d_model, 16), 8) };
+    let (kind, multiple) = if name.starts_with("mamba2-") { ("mamba2", 16) } else { ("mamba1", 8) };
     Ok(ModelConfig {
         padded_vocab: GPT_NEOX_VOCAB.next_multiple_of(multiple),
         // <|endoftext|> is token 0 of GPT-NeoX and serves for everything.
-        ..language_model(d_model, n_layer, GPT_NEOX_VOCAB, mixer, 0)
+        ..language_model(d_model, n_layer, GPT_NEOX_VOCAB, kind, 0)
     })
 }
 
 /// A byte-level model that learns a book on two cores in minutes: 256 bytes and one token between documents.
 fn tiny() -> ModelConfig {
     let (d_model, boundary) = (128, 256);
-    ModelConfig { padded_vocab: 264, ..language_model(d_model, 4, 257, mamba1(d_model, 16), boundary) }
+    ModelConfig { padded_vocab: 264, ..language_model(d_model, 4, 257, "mamba1", boundary) }
 }
 
-fn language_model(d_model: usize, n_layer: usize, vocab_size: usize, mixer: Mixer, boundary: u32) -> ModelConfig {
+fn language_model(d_model: usize, n_layer: usize, vocab_size: usize, kind: &str, boundary: u32) -> ModelConfig {
+    let layer = Mixer::of_kind(kind, d_model).map(|mixer| LayerConfig { mixer, d_intermediate: None });
     ModelConfig {
         d_model,
         vocab_size,
@@ -66,43 +67,11 @@ fn language_model(d_model: usize, n_layer: usize, vocab_size: usize, mixer: Mixe
         norm: NormKind::RmsNorm,
         norm_eps: 1e-5,
         residual_in_fp32: true,
-        layers: vec![LayerConfig { mixer, d_intermediate: None }; n_layer],
+        layers: layer.into_iter().cycle().take(n_layer).collect(),
         bos_token_id: Some(boundary),
         eos_token_ids: vec![boundary],
         pad_token_id: Some(boundary),
     }
-}
-
-/// A Mamba-1 mixer with mamba-ssm's defaults: expansion 2, convolution over 4, rank ⌈d_model/16⌉.
-fn mamba1(d_model: usize, d_state: usize) -> Mixer {
-    Mixer::Mamba1(Mamba1Config {
-        d_inner: 2 * d_model,
-        d_state,
-        d_conv: 4,
-        dt_rank: d_model.div_ceil(16),
-        bias: false,
-        conv_bias: true,
-        dt_b_c_rms: None,
-    })
-}
-
-/// A Mamba-2 mixer with mamba-ssm's defaults: expansion 2, heads of 64, states of 128, one group.
-fn mamba2(d_model: usize) -> Mixer {
-    Mixer::Mamba2(Mamba2Config {
-        d_inner: 2 * d_model,
-        d_ssm: 2 * d_model,
-        d_state: 128,
-        d_conv: 4,
-        headdim: 64,
-        ngroups: 1,
-        chunk_size: 256,
-        d_has_hdim: false,
-        rmsnorm: true,
-        norm_before_gate: false,
-        dt_limit: (0.0, f32::INFINITY),
-        bias: false,
-        conv_bias: true,
-    })
 }
 
 #[cfg(test)]

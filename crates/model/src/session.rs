@@ -146,8 +146,8 @@ impl<'m> Session<'m> {
     /// Tokens that are processed at once: a multiple of every chunk grid, so that prompts are cut on it.
     pub fn prefill_tokens(&self) -> usize {
         let chunk = |l: &crate::config::LayerConfig| match &l.mixer {
-            Mixer::Mamba1(_) => 1,
             Mixer::Mamba2(m) => m.chunk_size,
+            _ => 1,
         };
         let grid = self.model.config.layers.iter().map(chunk).fold(1, lcm);
         let tokens = match self.model.device {
@@ -348,7 +348,7 @@ impl<'m> Session<'m> {
 ///
 /// # Errors
 /// Sizes that the configuration's ops refuse.
-pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows: usize) -> Result<Graph, Error> {
+pub fn graph(config: &ModelConfig, form: &Form, slots: usize, tokens: usize, rows: usize) -> Result<Graph, Error> {
     let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
     let mut hidden = recorder.hidden()?;
     if rows > 0 {
@@ -365,7 +365,7 @@ pub fn graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize, rows
 ///
 /// # Errors
 /// Sizes that the ops refuse; [`has_step`] says beforehand whether they do.
-pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
+pub fn step_graph(config: &ModelConfig, form: &Form, slots: usize, tokens: usize) -> Result<Graph, Error> {
     let mut recorder = Recorder::new(config, form, tokens, slots, States::InPlace);
     let logits = recorder.step_logits()?;
     recorder.graph.output(LOGITS, logits)?;
@@ -379,7 +379,7 @@ pub fn step_graph(config: &ModelConfig, form: Form, slots: usize, tokens: usize)
 /// As [`step_graph`].
 pub fn choice_graph(
     config: &ModelConfig,
-    form: Form,
+    form: &Form,
     slots: usize,
     tokens: usize,
     penalty: bool,

@@ -1,6 +1,6 @@
 //! The state of a sequence: what a model remembers of all tokens so far, of constant size.
 //!
-//! Per layer the convolution's window and the SSM's state, in f32. A [`State`] is a value: it can be copied, compared,
+//! Per layer the parts that its kind has, such as the convolution's window and the SSM's state, in f32. A [`State`] is a value: it can be copied, compared,
 //! saved and loaded. A [`StatePool`] holds the states of many sequences on the device.
 
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::path::Path;
 use hognose_core::{Buffer, Device, Slice};
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::config::{LayerConfig, Mixer, ModelConfig};
+use crate::config::{LayerConfig, ModelConfig};
 use crate::error::Error;
 use crate::network::state_name;
 
@@ -16,26 +16,32 @@ use crate::network::state_name;
 const VERSION: &str = "1";
 const FORMAT: &str = "hognose-state";
 
-/// Numbers of f32 in one layer's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerState {
-    /// (d_conv − 1) · channels: the convolution's last inputs, oldest first.
-    pub conv: usize,
-    /// Mamba-1: d_state · d_inner, state-major. Mamba-2: heads · headdim · d_state.
-    pub ssm: usize,
-}
+/// The parts of one layer's state and how many f32 each holds, in their order in memory.
+///
+/// `conv` holds (d_conv − 1) · channels, a convolution's last inputs, oldest first; `ssm` d_state · d_inner, state-major,
+/// or heads · headdim · d_state for Mamba-2; `position` and `kv` the ring of attention's keys and values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerState(Vec<(&'static str, usize)>);
 
 impl LayerState {
-    /// The sizes of a layer's state.
+    /// The parts of a layer's state.
     pub fn of(layer: &LayerConfig) -> LayerState {
-        match &layer.mixer {
-            Mixer::Mamba1(m) => LayerState { conv: (m.d_conv - 1) * m.d_inner, ssm: m.d_state * m.d_inner },
-            Mixer::Mamba2(m) => LayerState { conv: (m.d_conv - 1) * m.conv_dim(), ssm: m.d_ssm * m.d_state },
-        }
+        LayerState(layer.mixer.state())
     }
 
-    fn parts(self) -> [(&'static str, usize); 2] {
-        [("conv", self.conv), ("ssm", self.ssm)]
+    /// Names and widths.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        self.0.iter().copied()
+    }
+
+    /// The width of a part, 0 where the layer has none of that name.
+    pub fn width(&self, part: &str) -> usize {
+        self.parts().find(|(name, _)| *name == part).map_or(0, |(_, width)| width)
+    }
+
+    /// Numbers of all parts.
+    pub fn values(&self) -> usize {
+        self.parts().map(|(_, width)| width).sum()
     }
 }
 
@@ -57,11 +63,11 @@ impl State {
     /// The state before the first token.
     pub fn zero(config: &ModelConfig, model: String) -> State {
         let layers: Vec<LayerState> = config.layers.iter().map(LayerState::of).collect();
-        let values = vec![0.0; layers.iter().map(|l| l.conv + l.ssm).sum()];
+        let values = vec![0.0; layers.iter().map(LayerState::values).sum()];
         State { model, position: 0, pending: Vec::new(), layers, values }
     }
 
-    /// The numbers: per layer the convolution's window, then the SSM's state.
+    /// The numbers: the parts of each layer, one after another.
     pub fn values(&self) -> &[f32] {
         &self.values
     }
@@ -71,7 +77,7 @@ impl State {
         self.values.len() * 4
     }
 
-    /// Writes a safetensors file with tensors `layers.I.conv` and `layers.I.ssm` and, as metadata, version, model,
+    /// Writes a safetensors file with a tensor `layers.I.PART` for every part (`conv`, `ssm` …) and, as metadata, version, model,
     /// position and pending ids. The file appears whole or not at all.
     ///
     /// # Errors
@@ -190,7 +196,7 @@ impl StatePool {
     /// A pool of zero states.
     pub fn new(device: &Device, config: &ModelConfig, slots: usize) -> Result<StatePool, Error> {
         let layers: Vec<LayerState> = config.layers.iter().map(LayerState::of).collect();
-        let width: usize = layers.iter().map(|l| l.conv + l.ssm).sum();
+        let width: usize = layers.iter().map(LayerState::values).sum();
         Ok(StatePool { layers, slots, buffer: device.alloc(width * slots * 4)? })
     }
 

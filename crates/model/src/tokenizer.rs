@@ -5,6 +5,7 @@
 //! transformers and the tokenizers crate load it too; [`Tokenizer::load`] recognises it by its contents and then works
 //! on bytes directly, which need not be UTF-8.
 
+use crate::checkpoint::gguf;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// The id between documents in a model of bytes.
 pub const BYTES_BOUNDARY: u32 = 256;
 /// How tokenizer.json calls it.
-const BOUNDARY_TEXT: &str = "<|endoftext|>";
+pub(crate) const BOUNDARY_TEXT: &str = "<|endoftext|>";
 /// Tokens that serve as the boundary where tokenizer_config.json names none.
 const USUAL_BOUNDARIES: [&str; 3] = [BOUNDARY_TEXT, "<|end_of_text|>", "</s>"];
 /// Files that belong to a tokenizer. Copied when a checkpoint is converted.
@@ -76,20 +77,41 @@ pub struct FileTokenizer {
 }
 
 impl Tokenizer {
-    /// Loads a tokenizer from a folder with a tokenizer.json, or from that file.
+    /// Loads a tokenizer from a folder with a tokenizer.json, from that file, or from a GGUF file.
     ///
     /// # Errors
     /// None there, or not a tokenizer.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
+        if gguf::is_gguf(path) {
+            return gguf::tokenizer(path)?.ok_or_else(|| TokenizerError::Missing { path: path.into() });
+        }
         let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
         if !file.is_file() {
             return Err(TokenizerError::Missing { path: path.into() });
         }
         let read =
             |p: &Path| fs::read(p).map_err(|source| TokenizerError::Io { path: p.into(), action: "read", source });
-        let bytes = read(&file)?;
-        let invalid = |message: String| TokenizerError::Invalid { path: file.clone(), message };
+        let mut files = Vec::new();
+        for name in &KEPT[1..] {
+            let beside = file.with_file_name(name);
+            if beside.is_file() {
+                files.push((*name, read(&beside)?));
+            }
+        }
+        Self::from_json(&file, read(&file)?, files)
+    }
+
+    /// A tokenizer from the contents of a tokenizer.json and of the files beside it. `path` is for messages.
+    ///
+    /// # Errors
+    /// Not a tokenizer.
+    pub(crate) fn from_json(
+        path: &Path,
+        bytes: Vec<u8>,
+        beside: Vec<(&'static str, Vec<u8>)>,
+    ) -> Result<Self, TokenizerError> {
+        let invalid = |message: String| TokenizerError::Invalid { path: path.into(), message };
         let value: Value = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
         if is_bytes(&value) {
             return Ok(Tokenizer::Bytes);
@@ -98,17 +120,11 @@ impl Tokenizer {
         // Settings for batches of classifiers; here they would silently cut or fill texts.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
-        let mut files = vec![("tokenizer.json", bytes)];
-        for name in &KEPT[1..] {
-            let beside = file.with_file_name(name);
-            if beside.is_file() {
-                files.push((name, read(&beside)?));
-            }
-        }
+        let files: Vec<_> = [("tokenizer.json", bytes)].into_iter().chain(beside).collect();
         let config = files.iter().find(|f| f.0 == "tokenizer_config.json");
         let config: Value = match config {
             Some((name, bytes)) => serde_json::from_slice(bytes)
-                .map_err(|e| TokenizerError::Invalid { path: file.with_file_name(name), message: e.to_string() })?,
+                .map_err(|e| TokenizerError::Invalid { path: path.with_file_name(name), message: e.to_string() })?,
             None => Value::Null,
         };
         let eos = &config["eos_token"];
@@ -118,11 +134,14 @@ impl Tokenizer {
         Ok(Tokenizer::File(Box::new(FileTokenizer { tokenizer, vocab_size, boundary, files })))
     }
 
-    /// The tokenizer of a model folder, where it has one.
+    /// The tokenizer of a model folder or a GGUF file, where it has one.
     ///
     /// # Errors
     /// One that is there and does not load.
     pub fn find(folder: impl AsRef<Path>) -> Result<Option<Self>, TokenizerError> {
+        if gguf::is_gguf(folder.as_ref()) {
+            return gguf::tokenizer(folder.as_ref());
+        }
         if folder.as_ref().join("tokenizer.json").is_file() { Self::load(folder).map(Some) } else { Ok(None) }
     }
 
@@ -316,7 +335,7 @@ fn take_characters(bytes: &mut Vec<u8>) -> String {
 }
 
 /// GPT-2's alphabet: a printable character for each byte. Printable bytes are themselves, the others follow from U+0100.
-fn byte_alphabet() -> [char; 256] {
+pub(crate) fn byte_alphabet() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|b| {
         let printable = matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);

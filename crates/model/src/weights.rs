@@ -1,11 +1,12 @@
 //! A model's parameters in the memory of a device, in one buffer.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use hognose_core::graph::Layout;
-use hognose_core::{Buffer, DType, Device, Slice};
+use hognose_core::{Buffer, DType, Device, Slice, quant};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::config::{ModelConfig, ParamKind, ParamSpec};
 use crate::error::Error;
 use crate::init;
@@ -14,16 +15,21 @@ use crate::init;
 const ALIGNMENT: usize = 64;
 /// Values of a tensor that go into the fingerprint.
 const FINGERPRINT_SAMPLES: usize = 1024;
+/// Numbers of a tensor that are in memory as f32 at a time while it is loaded, about.
+const PIECE: usize = 1 << 20;
 
 /// How parameters lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
     /// f32 and row-major, as the optimizer updates them. With bf16 there is a copy of them rounded to bf16, which
     /// matrix products read; activations are bf16 then.
     Training(DType),
     /// Matrices in this type and in the layout that the device's products read, A_log replaced by A = −exp(A_log); the
-    /// rest in f32.
+    /// rest in f32. Where blocks are asked for, see [`matrix_dtype`].
     Inference(DType, Layout),
+    /// The same with a type for each matrix, by name: the types that a file of quantised weights has them in. Matrices
+    /// without one take f32.
+    Stored(Arc<BTreeMap<String, DType>>, Layout),
 }
 
 impl Form {
@@ -32,37 +38,75 @@ impl Form {
         Form::Inference(dtype, device.weight_layout())
     }
 
-    /// Type and layout of a parameter.
-    pub fn of(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
-        match (self, spec.kind) {
-            (Form::Inference(dtype, layout), ParamKind::Matrix) => (dtype, layout),
-            // A tied embedding is a matrix of a product, too; an untied one is only looked up.
-            (Form::Inference(dtype, layout), ParamKind::Embedding) if config.tie_embeddings => (dtype, layout),
-            (Form::Inference(dtype, _), ParamKind::Embedding) => (dtype, Layout::Rows),
-            _ => (DType::F32, Layout::Rows),
+    /// The form for inference that a checkpoint has by itself: bf16 where it holds bf16; blocks as they are, or in the next
+    /// finer type of those that are computed with, tensor by tensor (on a device that does not compute with blocks, bf16);
+    /// f32 else.
+    pub fn of_checkpoint(device: &Device, checkpoint: &Checkpoint) -> Form {
+        let tensors = checkpoint.tensors();
+        let blocks = tensors.iter().any(|t| matches!(t.dtype, Dtype::Blocks(_)));
+        if blocks && device.check_weights(DType::Q8_0).is_ok() {
+            let dtype = |t: &TensorInfo| match t.dtype {
+                Dtype::F32 | Dtype::F16 => DType::F32,
+                Dtype::BF16 => DType::BF16,
+                Dtype::Blocks(kind) => kind.computed_as().for_rows_of(matrix_shape(&t.shape).1),
+            };
+            let types = tensors.iter().map(|t| (t.name.clone(), dtype(t))).collect();
+            return Form::Stored(Arc::new(types), device.weight_layout());
         }
+        let narrow = blocks || tensors.iter().any(|t| t.dtype == Dtype::BF16);
+        Form::inference(device, if narrow { DType::BF16 } else { DType::F32 })
+    }
+
+    /// Type and layout of a parameter.
+    pub fn of(&self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+        if !matches!(spec.kind, ParamKind::Matrix | ParamKind::Embedding) {
+            return (DType::F32, Layout::Rows);
+        }
+        let (dtype, layout) = match self {
+            Form::Training(_) => return (DType::F32, Layout::Rows),
+            Form::Inference(dtype, layout) => (matrix_dtype(*dtype, spec, config), *layout),
+            Form::Stored(types, layout) => (types.get(&spec.name).copied().unwrap_or(DType::F32), *layout),
+        };
+        // A tied embedding is a matrix of a product, too; an untied one is only looked up.
+        let looked_up = spec.kind == ParamKind::Embedding && !config.tie_embeddings;
+        (dtype, if looked_up { Layout::Rows } else { layout })
     }
 
     /// The type in which an op reads a parameter: for matrices that of the rounded copy, if there is one.
-    pub fn read_as(self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
+    pub fn read_as(&self, spec: &ParamSpec, config: &ModelConfig) -> (DType, Layout) {
         match (self, spec.kind) {
-            (Form::Training(dtype), ParamKind::Matrix | ParamKind::Embedding) => (dtype, Layout::Rows),
+            (Form::Training(dtype), ParamKind::Matrix | ParamKind::Embedding) => (*dtype, Layout::Rows),
             _ => self.of(spec, config),
         }
     }
 
     /// Type of the activations: bf16 only where row-major bf16 weights are, on a GPU.
-    pub fn activations(self) -> DType {
+    pub fn activations(&self) -> DType {
         match self {
-            Form::Training(dtype) | Form::Inference(dtype, Layout::Rows) => dtype,
-            Form::Inference(_, Layout::Panels) => DType::F32,
+            Form::Training(dtype) | Form::Inference(dtype @ (DType::F32 | DType::BF16), Layout::Rows) => *dtype,
+            Form::Inference(_, Layout::Rows) | Form::Stored(_, Layout::Rows) => DType::BF16,
+            Form::Inference(_, Layout::Panels) | Form::Stored(_, Layout::Panels) => DType::F32,
         }
     }
 
-    /// Bytes of the rounded copy beside parameters of this size.
-    fn copy_bytes(self, bytes: usize) -> usize {
-        if self == Form::Training(DType::BF16) { bytes / 2 } else { 0 }
+    /// Whether A_log is replaced by A.
+    pub fn is_for_inference(&self) -> bool {
+        !matches!(self, Form::Training(_))
     }
+
+    /// Bytes of the rounded copy beside parameters of this size.
+    fn copy_bytes(&self, bytes: usize) -> usize {
+        if *self == Form::Training(DType::BF16) { bytes / 2 } else { 0 }
+    }
+}
+
+/// The type of a matrix or an embedding where `dtype` is asked for. Types of blocks are not for everything: with Q4_K
+/// the output matrix, tied or not, is Q6_K, since its errors reach the result undamped (as llama.cpp's Q4_K_M has it),
+/// and rows that blocks do not fit take Q8_0.
+pub fn matrix_dtype(dtype: DType, spec: &ParamSpec, config: &ModelConfig) -> DType {
+    let output = spec.name == "lm_head.weight" || spec.kind == ParamKind::Embedding && config.tie_embeddings;
+    let dtype = if output && dtype == DType::Q4_K { DType::Q6_K } else { dtype };
+    dtype.for_rows_of(matrix_shape(&spec.shape).1)
 }
 
 /// Prefix of the externals that are copies of parameters rounded to bf16.
@@ -104,17 +148,21 @@ struct Entry {
 
 impl Weights {
     /// Bytes that the parameters of a model take.
-    pub fn required_bytes(device: &Device, config: &ModelConfig, form: Form) -> usize {
+    pub fn required_bytes(device: &Device, config: &ModelConfig, form: &Form) -> usize {
         let bytes = config.parameters().iter().map(|spec| padded_bytes(device, spec, form.of(spec, config))).sum();
         bytes + form.copy_bytes(bytes)
     }
 
     /// Memory for the parameters of a model, all zero.
+    ///
+    /// # Errors
+    /// A type that the device does not compute with; too little memory.
     pub fn zeros(device: &Device, config: &ModelConfig, form: Form) -> Result<Weights, Error> {
         let mut entries = BTreeMap::new();
         let mut offset = 0;
         for spec in config.parameters() {
             let (dtype, layout) = form.of(&spec, config);
+            device.check_weights(dtype)?;
             let bytes = padded_bytes(device, &spec, (dtype, layout));
             entries.insert(spec.name.clone(), Entry { spec, offset, dtype, layout });
             offset += bytes;
@@ -129,48 +177,78 @@ impl Weights {
     /// # Errors
     /// Damaged numbers in the checkpoint; too little memory.
     pub fn load(device: &Device, checkpoint: &Checkpoint, form: Form) -> Result<Weights, Error> {
-        let tensors = checkpoint.tensors().iter().map(|t| Ok((t.name.clone(), checkpoint.read_f32(&t.name)?)));
-        Weights::zeros(device, &checkpoint.config, form)?.fill(device, tensors)
+        let mut weights = Weights::zeros(device, &checkpoint.config, form)?;
+        let mut piece = Vec::new();
+        for tensor in checkpoint.tensors() {
+            let (rows, cols) = matrix_shape(&tensor.shape);
+            if let Dtype::Blocks(kind) = tensor.dtype
+                && weights.entries[&tensor.name].dtype.blocks() == Some(kind)
+            {
+                weights.set_blocks(device, &tensor.name, &checkpoint.bytes(&tensor.name)?);
+                continue;
+            }
+            let step = (PIECE / cols.max(1)).max(1).next_multiple_of(Device::ROW_GROUP);
+            for first in (0..rows).step_by(step) {
+                piece.resize(step.min(rows - first) * cols, 0.0);
+                checkpoint.read_f32_part(&tensor.name, first * cols, &mut piece)?;
+                weights.set_rows(device, &tensor.name, first, &piece)?;
+            }
+        }
+        Ok(weights)
+    }
+
+    /// Sets one parameter from the blocks that a file has it in, exactly.
+    fn set_blocks(&mut self, device: &Device, name: &str, blocks: &[u8]) {
+        let entry = &self.entries[name];
+        self.hasher.update(name.as_bytes());
+        let stride = blocks.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
+        blocks.iter().step_by(stride).for_each(|&b| {
+            self.hasher.update(&[b]);
+        });
+        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
+        device.write_blocks(&mut self.buffer, entry.offset, place, shape, blocks);
     }
 
     /// Starting values from a seed.
     pub fn initialise(device: &Device, config: &ModelConfig, form: Form, seed: u64) -> Result<Weights, Error> {
-        Weights::zeros(device, config, form)?.fill(device, init::initialise(config, seed).map(Ok))
-    }
-
-    /// Fills the memory with tensors given in the order of [`ModelConfig::parameters`].
-    fn fill(
-        mut self,
-        device: &Device,
-        tensors: impl Iterator<Item = Result<(String, Vec<f32>), Error>>,
-    ) -> Result<Weights, Error> {
-        for tensor in tensors {
-            let (name, values) = tensor?;
-            self.set(device, &name, &values);
+        let mut weights = Weights::zeros(device, config, form)?;
+        for (name, values) in init::initialise(config, seed) {
+            weights.set_rows(device, &name, 0, &values)?;
         }
-        Ok(self)
+        Ok(weights)
     }
 
-    /// Sets one parameter from its values in row-major order. Panics if there is none of that name and size.
-    fn set(&mut self, device: &Device, name: &str, values: &[f32]) {
+    /// Sets rows of a parameter from row `first` on, a multiple of [`Device::ROW_GROUP`]; parameters come in the order of
+    /// [`ModelConfig::parameters`], rows in theirs.
+    fn set_rows(&mut self, device: &Device, name: &str, first: usize, values: &[f32]) -> Result<(), Error> {
         let entry = &self.entries[name];
-        assert_eq!(values.len(), entry.spec.numel(), "{name}");
-        self.hasher.update(name.as_bytes());
-        let stride = values.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
-        values.iter().step_by(stride).for_each(|v| {
+        let (_, cols) = matrix_shape(&entry.spec.shape);
+        let (place, shape) = ((entry.dtype, entry.layout), (values.len() / cols.max(1), cols));
+        if entry.dtype.blocks().is_some()
+            && let Some(&value) = values.iter().find(|v| v.abs() > quant::LARGEST)
+        {
+            return Err(Error::Magnitude { name: name.into(), value, dtype: entry.dtype });
+        }
+        if first == 0 {
+            self.hasher.update(name.as_bytes());
+        }
+        let stride = entry.spec.numel().div_ceil(FINGERPRINT_SAMPLES).max(1);
+        let skip = (first * cols).next_multiple_of(stride) - first * cols;
+        values.iter().skip(skip).step_by(stride).for_each(|v| {
             self.hasher.update(&v.to_le_bytes());
         });
-        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
-        if matches!(self.form, Form::Inference(..)) && name.ends_with(".A_log") {
+        let offset = entry.offset + device.matrix_bytes(entry.dtype, entry.layout, first, cols);
+        if self.form.is_for_inference() && name.ends_with(".A_log") {
             let a: Vec<f32> = values.iter().map(|v| -v.exp()).collect();
-            device.write_matrix(&mut self.buffer, entry.offset, place, shape, &a);
+            device.write_matrix(&mut self.buffer, offset, place, shape, &a);
         } else {
-            device.write_matrix(&mut self.buffer, entry.offset, place, shape, values);
+            device.write_matrix(&mut self.buffer, offset, place, shape, values);
         }
         if self.rounded.bytes() > 0 {
             let place = (DType::BF16, Layout::Rows);
-            device.write_matrix(&mut self.rounded, entry.offset / 2, place, shape, values);
+            device.write_matrix(&mut self.rounded, entry.offset / 2 + 2 * first * cols, place, shape, values);
         }
+        Ok(())
     }
 
     /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form
@@ -185,8 +263,8 @@ impl Weights {
     }
 
     /// How the parameters lie in memory.
-    pub fn form(&self) -> Form {
-        self.form
+    pub fn form(&self) -> &Form {
+        &self.form
     }
 
     /// Bytes of all parameters, without rounded copies.

@@ -49,7 +49,7 @@ pub struct Chart {
     /// Drawn in this order.
     pub series: Vec<Series>,
     /// Where the names of the series stand, if they do.
-    pub legend: Option<Corner>,
+    pub legend: Option<Legend>,
     /// Texts at points, in ink, begun there.
     pub notes: Vec<(f64, f64, String)>,
     /// Ranges of x that are shaded.
@@ -90,6 +90,8 @@ pub enum Mark {
     Dots,
     /// A line with dots at its points.
     LineDots,
+    /// The pale inside of a closed curve, as of a band: along its upper edge and back along the lower one.
+    Area,
     /// Lines from zero, of a share of the distance between points.
     Bars(f64),
 }
@@ -106,13 +108,13 @@ pub struct Heat {
     pub bar_label: String,
     pub x_label: String,
     pub y_label: String,
-    /// Texts at columns and rows.
+    /// Texts at columns and rows; a column's is left out where it would touch the one before.
     pub x_ticks: Vec<(usize, String)>,
     pub y_ticks: Vec<(usize, String)>,
     /// Cells are as wide as high.
     pub square: bool,
     /// Lines after every so many rows and columns, for blocks; 0 for none.
-    pub blocks: usize,
+    pub blocks: (usize, usize),
 }
 
 /// The colours of a heat map. Both are told apart in print and with any colour vision.
@@ -125,9 +127,11 @@ pub enum Palette {
     Diverging,
 }
 
-/// A corner of a chart.
+/// Where the names of a chart's series stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Corner {
+pub enum Legend {
+    /// In lines between title and chart, where they cover nothing.
+    Above,
     TopLeft,
     TopRight,
     BottomLeft,
@@ -239,8 +243,9 @@ mod tests {
                 Series::line("bars", 1, wave(5)).mark(Mark::Bars(0.8)),
                 Series::line("dots", 2, wave(9)).mark(Mark::LineDots),
                 Series::line("", 3, wave(9)).mark(Mark::Dashed),
+                Series::line("", 4, [(0.0, 1.0), (9.0, 1.0), (9.0, 0.5), (0.0, 0.5)]).mark(Mark::Area),
             ],
-            legend: Some(Corner::TopRight),
+            legend: Some(Legend::TopRight),
             notes: vec![(1.0, 0.0, "a note".into())],
             bands: vec![(2.0, 4.0)],
         };
@@ -248,11 +253,11 @@ mod tests {
             x: Axis::log("steps"),
             y: Axis::log("error"),
             series: vec![Series::line("falls", 0, [(1.0, 1e-3), (10.0, 1e-9), (100.0, 0.0)])],
-            legend: Some(Corner::BottomLeft),
+            legend: Some(Legend::Above),
             ..Chart::default()
         };
         let values = (0..8).map(|i| (0..8).map(|j| (j <= i).then_some(f64::from(i * j))).collect()).collect();
-        let heat = Heat { values, range: (0.0, 49.0), bar_label: "product".into(), blocks: 4, ..Heat::default() };
+        let heat = Heat { values, range: (0.0, 49.0), bar_label: "product".into(), blocks: (4, 4), ..Heat::default() };
         let empty = Chart::default();
         Figure {
             title: "Everything".into(),

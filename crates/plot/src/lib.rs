@@ -14,7 +14,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-pub use figure::{Axis, Body, Chart, Corner, Figure, Heat, Mark, Palette, Panel, Series};
+pub use figure::{Axis, Body, Chart, Figure, Heat, Legend, Mark, Palette, Panel, Series};
 
 // Subsets of DejaVu Sans; see assets/README.md.
 static REGULAR: &[u8] = include_bytes!("../assets/DejaVuSans-subset.ttf");

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, FontTransform};
 
-use crate::figure::{Axis, Body, Chart, Corner, Heat, Mark, Panel, Series};
+use crate::figure::{Axis, Body, Chart, Heat, Legend, Mark, Panel, Series};
 use crate::{FONT, GRID, INK, ticks};
 
 const MARGIN: i32 = 30;
@@ -14,6 +14,12 @@ const SUBTITLE: u32 = 21;
 const PANEL_TITLE: u32 = 24;
 const LABEL: u32 = 20;
 const TICK: u32 = 18;
+/// Pixels before a name in a legend, for how its series is drawn.
+const KEY: i32 = 46;
+/// Pixels by which a drawn curve may miss its points.
+const TOLERANCE: f64 = 0.5;
+/// Opacity of areas.
+const AREA: f64 = 0.22;
 /// Colours of a heat map: few enough that runs of one colour are common, many enough to look smooth.
 const SHADES: f64 = 96.0;
 
@@ -178,11 +184,12 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
 
     fn chart(&self, chart: &Chart, area: Rectangle) -> Done<B> {
         let points = || chart.series.iter().flat_map(|s| &s.points);
-        let (top, bottom) = (area.top, area.bottom - 62);
+        let legend = if chart.legend == Some(Legend::Above) { self.legend_above(&chart.series, area)? } else { 0 };
+        let (top, bottom) = (area.top + legend, area.bottom - 62);
         let bars = chart.series.iter().any(|s| matches!(s.mark, Mark::Bars(_)));
         let zero = bars.then_some(0.0);
         let ys = Scale::new(&chart.y, points().map(|p| p.1).chain(zero), bottom, top, 0.05);
-        let y_ticks = ys.ticks(&chart.y, 60);
+        let y_ticks = ys.ticks(&chart.y, 46);
         let widest = y_ticks.iter().map(|t| self.width(&t.1, TICK)).max().unwrap_or(0);
         let (left, right) = (area.left + 44 + widest + 8, area.right - 22);
         let x_margin = if bars {
@@ -205,7 +212,7 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
             self.line(&[(left, y), (right, y)], GRID.to_rgba(), 1)?;
             self.text(&text, (left - 9, y), TICK, INK, (HPos::Right, VPos::Center), false)?;
         }
-        for (x, text) in xs.ticks(&chart.x, 96) {
+        for (x, text) in xs.ticks(&chart.x, 72) {
             self.line(&[(x, top), (x, bottom)], GRID.to_rgba(), 1)?;
             self.text(&text, (x, bottom + 8), TICK, INK, (HPos::Center, VPos::Top), false)?;
         }
@@ -222,8 +229,8 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
             }
         }
         match chart.legend {
+            None | Some(Legend::Above) => Ok(()),
             Some(corner) => self.legend(&chart.series, corner, inside),
-            None => Ok(()),
         }
     }
 
@@ -242,6 +249,12 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
                 self.fill(Rectangle { left, top, right, bottom }, color.filled())?;
             }
             return Ok(());
+        }
+        if series.mark == Mark::Area {
+            let clamp = |v: f64, low: i32, high: i32| (v.round() as i32).clamp(low, high);
+            let corner = |(x, y)| (clamp(x, inside.left, inside.right), clamp(y, inside.top, inside.bottom));
+            let corners: Vec<(i32, i32)> = places.into_iter().flatten().map(corner).collect();
+            return self.root.draw(&Polygon::new(corners, color.mix(AREA).filled()));
         }
         if series.mark != Mark::Dots {
             for piece in clip(&places, inside) {
@@ -266,42 +279,61 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
         Ok(())
     }
 
-    fn legend(&self, series: &[Series], corner: Corner, inside: Rectangle) -> Done<B> {
+    /// Lines of keys and names; returns their height.
+    fn legend_above(&self, series: &[Series], area: Rectangle) -> Result<i32, DrawingAreaErrorKind<B::ErrorType>> {
+        const LINE: i32 = 26;
+        let (left, mut line) = (area.left + 10, 0);
+        let mut at = left;
+        for series in series.iter().filter(|s| !s.name.is_empty()) {
+            let width = KEY + self.width(&series.name, TICK) + 22;
+            if at > left && at + width > area.right {
+                (at, line) = (left, line + 1);
+            }
+            self.key(series, (at, area.top + 4 + LINE * line))?;
+            at += width;
+        }
+        Ok(LINE * (line + 1) + 4)
+    }
+
+    fn legend(&self, series: &[Series], corner: Legend, inside: Rectangle) -> Done<B> {
         const LINE: i32 = 27;
         let named: Vec<&Series> = series.iter().filter(|s| !s.name.is_empty()).collect();
         let Some(widest) = named.iter().map(|s| self.width(&s.name, TICK)).max() else { return Ok(()) };
-        let (width, height) = (widest + 66, LINE * named.len() as i32 + 12);
+        let (width, height) = (widest + KEY + 20, LINE * named.len() as i32 + 12);
         let left = match corner {
-            Corner::TopLeft | Corner::BottomLeft => inside.left + 12,
-            Corner::TopRight | Corner::BottomRight => inside.right - width - 8,
+            Legend::TopLeft | Legend::BottomLeft => inside.left + 12,
+            _ => inside.right - width - 8,
         };
         let top = match corner {
-            Corner::TopLeft | Corner::TopRight => inside.top + 8,
-            Corner::BottomLeft | Corner::BottomRight => inside.bottom - height - 10,
+            Legend::BottomLeft | Legend::BottomRight => inside.bottom - height - 10,
+            _ => inside.top + 8,
         };
         let frame = Rectangle { left, top, right: left + width, bottom: top + height };
         self.fill(frame, WHITE.mix(0.88).filled())?;
         self.fill(frame, GRID.stroke_width(1))?;
         for (row, series) in named.iter().enumerate() {
-            let y = top + 6 + LINE / 2 + LINE * row as i32;
-            let (ends, color) = ([(left + 10, y), (left + 46, y)], series.color);
-            match series.mark {
-                Mark::Bars(_) => {
-                    let key = Rectangle { left: left + 14, top: y - 7, right: left + 42, bottom: y + 7 };
-                    self.fill(key, color.filled())?;
-                }
-                Mark::Dots => self.root.draw(&Circle::new((left + 28, y), 5, color.filled()))?,
-                Mark::Dashed => self.dashes(&ends, color, (9.0, 5.0))?,
-                Mark::Dotted => self.dashes(&ends, color, (3.0, 7.0))?,
-                Mark::Faint => self.line(&ends, color.mix(0.55), 2)?,
-                Mark::Line | Mark::LineDots => self.line(&ends, color.to_rgba(), 4)?,
-            }
-            if series.mark == Mark::LineDots {
-                self.root.draw(&Circle::new((left + 28, y), 5, color.filled()))?;
-            }
-            self.text(&series.name, (left + 56, y), TICK, INK, (HPos::Left, VPos::Center), false)?;
+            self.key(series, (left + 10, top + 6 + LINE / 2 + LINE * row as i32))?;
         }
         Ok(())
+    }
+
+    /// How a series is drawn, and its name.
+    fn key(&self, series: &Series, (left, y): (i32, i32)) -> Done<B> {
+        let (ends, color, middle) = ([(left, y), (left + 36, y)], series.color, (left + 18, y));
+        let patch = Rectangle { left: left + 4, top: y - 7, right: left + 32, bottom: y + 7 };
+        match series.mark {
+            Mark::Bars(_) => self.fill(patch, color.filled())?,
+            Mark::Area => self.fill(patch, color.mix(AREA).filled())?,
+            Mark::Dots => self.root.draw(&Circle::new(middle, 5, color.filled()))?,
+            Mark::Dashed => self.dashes(&ends, color, (9.0, 5.0))?,
+            Mark::Dotted => self.dashes(&ends, color, (3.0, 7.0))?,
+            Mark::Faint => self.line(&ends, color.mix(0.55), 2)?,
+            Mark::Line | Mark::LineDots => self.line(&ends, color.to_rgba(), 4)?,
+        }
+        if series.mark == Mark::LineDots {
+            self.root.draw(&Circle::new(middle, 5, color.filled()))?;
+        }
+        self.text(&series.name, (left + KEY, y), TICK, INK, (HPos::Left, VPos::Center), false)
     }
 
     fn heat(&self, heat: &Heat, area: Rectangle) -> Done<B> {
@@ -339,20 +371,25 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
                 from += length;
             }
         }
-        if heat.blocks > 0 {
-            for at in (heat.blocks..rows.max(cols)).step_by(heat.blocks) {
-                let (x, y) = (x_at(at as f64), y_at(at as f64));
-                if at < rows {
-                    self.line(&[(left, y), (right, y)], INK.mix(0.35), 1)?;
-                }
-                if at < cols {
-                    self.line(&[(x, top), (x, bottom)], INK.mix(0.35), 1)?;
-                }
+        if heat.blocks.0 > 0 {
+            for y in (heat.blocks.0..rows).step_by(heat.blocks.0).map(|row| y_at(row as f64)) {
+                self.line(&[(left, y), (right, y)], INK.mix(0.35), 1)?;
+            }
+        }
+        if heat.blocks.1 > 0 {
+            for x in (heat.blocks.1..cols).step_by(heat.blocks.1).map(|col| x_at(col as f64)) {
+                self.line(&[(x, top), (x, bottom)], INK.mix(0.35), 1)?;
             }
         }
         self.fill(Rectangle { left, top, right, bottom }, INK.mix(0.6).stroke_width(1))?;
+        let mut free = i32::MIN;
         for (col, text) in &heat.x_ticks {
-            self.text(text, (x_at(*col as f64 + 0.5), bottom + 7), TICK, INK, (HPos::Center, VPos::Top), false)?;
+            let (x, width) = (x_at(*col as f64 + 0.5), self.width(text, TICK));
+            if x - width / 2 < free {
+                continue;
+            }
+            free = x + width / 2 + 2;
+            self.text(text, (x, bottom + 7), TICK, INK, (HPos::Center, VPos::Top), false)?;
         }
         for (row, text) in &heat.y_ticks {
             self.text(text, (left - 8, y_at(*row as f64 + 0.5)), TICK, INK, (HPos::Right, VPos::Center), false)?;
@@ -390,25 +427,45 @@ impl<'a, B: DrawingBackend> Canvas<'a, B> {
 
 /// The parts of a curve inside an area, in whole pixels, cut where it crosses the edge; a missing point ends a part.
 fn clip(points: &[Option<(f64, f64)>], area: Rectangle) -> Vec<Vec<(i32, i32)>> {
-    let mut pieces: Vec<Vec<(i32, i32)>> = Vec::new();
+    let mut pieces: Vec<Vec<(f64, f64)>> = Vec::new();
     let mut open = false;
     for pair in points.windows(2) {
         let Some(((from, to), whole)) = pair[0].zip(pair[1]).and_then(|(a, b)| clip_segment(a, b, area)) else {
             open = false;
             continue;
         };
-        let pixel = |(x, y): (f64, f64)| (x.round() as i32, y.round() as i32);
         match pieces.last_mut().filter(|_| open) {
-            Some(piece) => {
-                if piece.last() != Some(&pixel(to)) {
-                    piece.push(pixel(to));
-                }
-            }
-            None => pieces.push(vec![pixel(from), pixel(to)]),
+            Some(piece) => piece.push(to),
+            None => pieces.push(vec![from, to]),
         }
         open = whole;
     }
-    pieces
+    let pixel = |(x, y): (f64, f64)| (x.round() as i32, y.round() as i32);
+    pieces.iter().map(|piece| simplify(piece).into_iter().map(pixel).collect()).collect()
+}
+
+/// The points of a curve that are needed to draw it within [`TOLERANCE`] (Ramer 1972; Douglas & Peucker 1973). Many
+/// points to a pixel, each rounded to whole ones, would look like stairs.
+fn simplify(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mut needed = vec![false; points.len()];
+    let mut open = vec![(0, points.len() - 1)];
+    while let Some((from, to)) = open.pop() {
+        (needed[from], needed[to]) = (true, true);
+        let (a, b) = (points[from], points[to]);
+        let (dx, dy) = (b.0 - a.0, b.1 - a.1);
+        let square = (dx * dx + dy * dy).max(f64::MIN_POSITIVE);
+        let off = |p: (f64, f64)| {
+            let along = (((p.0 - a.0) * dx + (p.1 - a.1) * dy) / square).clamp(0.0, 1.0);
+            (p.0 - a.0 - along * dx).hypot(p.1 - a.1 - along * dy)
+        };
+        let inner = (from + 1..to).map(|i| (i, off(points[i])));
+        if let Some((furthest, distance)) = inner.max_by(|x, y| x.1.total_cmp(&y.1))
+            && distance > TOLERANCE
+        {
+            open.extend([(from, furthest), (furthest, to)]);
+        }
+    }
+    points.iter().zip(needed).filter_map(|(p, needed)| needed.then_some(*p)).collect()
 }
 
 type Segment = ((f64, f64), (f64, f64));
@@ -447,5 +504,12 @@ mod tests {
         let curve = [Some((0.0, 5.0)), Some((5.0, 15.0)), Some((10.0, 5.0)), None, Some((1.0, 1.0)), Some((2.0, 2.0))];
         let expected = [vec![(0, 5), (3, 10)], vec![(8, 10), (10, 5)], vec![(1, 1), (2, 2)]];
         assert_eq!(clip(&curve, area), expected);
+    }
+
+    #[test]
+    fn curves_keep_the_points_that_matter() {
+        let peak = [(0.0, 0.0), (1.0, 0.1), (2.0, -0.1), (3.0, 9.0), (4.0, 0.0), (5.0, 0.0)];
+        assert_eq!(simplify(&peak), [peak[0], peak[2], peak[3], peak[4], peak[5]]);
+        assert_eq!(simplify(&[(1.0, 1.0); 3]), [(1.0, 1.0); 2]);
     }
 }

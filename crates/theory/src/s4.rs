@@ -74,9 +74,16 @@ impl Dplr {
     /// # Errors
     /// Length 0, a step that is not above 0.
     pub fn kernel(&self, delta: f64, length: usize) -> Result<Vec<f64>, Error> {
+        self.kernel_of(&self.truncated(delta, length)?, delta, length)
+    }
+
+    /// The same from C̃ `[N]`, which S4 learns instead of C: no power of Ā.
+    ///
+    /// # Errors
+    /// As [`Dplr::kernel`].
+    pub fn kernel_of(&self, c: &DVector<C>, delta: f64, length: usize) -> Result<Vec<f64>, Error> {
         positive("the length", length)?;
         above_zero("the step Δ", delta)?;
-        let c = self.truncated_c(delta, length)?;
         let one = C::new(1.0, 0.0);
         let frequency = |j: usize| {
             let z = root_of_unity(j, length);
@@ -96,7 +103,12 @@ impl Dplr {
     }
 
     /// C̃ = C(I − Ā^L).
-    fn truncated_c(&self, delta: f64, length: usize) -> Result<DVector<C>, Error> {
+    ///
+    /// # Errors
+    /// As [`Dplr::kernel`].
+    pub fn truncated(&self, delta: f64, length: usize) -> Result<DVector<C>, Error> {
+        positive("the length", length)?;
+        above_zero("the step Δ", delta)?;
         let n = self.lambda.len();
         let (identity, half) = (DMatrix::<C>::identity(n, n), C::from(delta / 2.0));
         let inner = self.inner() * half;

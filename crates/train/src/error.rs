@@ -50,8 +50,8 @@ pub enum Error {
     #[error("[model] {key} is {found}; expected {expected}")]
     ModelValue { key: String, found: String, expected: &'static str },
     /// A key of `[model]` that the preset's layers do not have.
-    #[error("[model] {key} is not a size that the preset's layers have; known are {known}")]
-    ModelKey { key: String, known: &'static str },
+    #[error("[model] {key} is not a size that the model's layers have; known are {known}")]
+    ModelKey { key: String, known: String },
     /// The tokenizer has more ids than the model has rows.
     #[error("the tokenizer has {tokenizer} ids, but the model only {model} rows; use the tokenizer that belongs to it")]
     Vocabulary { tokenizer: usize, model: usize },

@@ -111,7 +111,7 @@ impl Evaluator {
                 Entry::Occupied(plan) => plan.into_mut(),
                 Entry::Vacant(place) => {
                     let shape = StepShape {
-                        form: weights.form(),
+                        form: weights.form().clone(),
                         tokens: key.0,
                         segments: key.1,
                         carry_state: true,

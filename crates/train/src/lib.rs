@@ -9,6 +9,7 @@
 //! | [`trainer`] | the loop; [`evaluate`] and [`checkpoint`] are its parts, [`report`] is what it tells |
 //! | `worker`, `ranks` | what one device does in a step, and several devices that train together |
 //! | `memory` | what a run needs on a device, and what to change where that is too much |
+//! | [`perplexity`] | what predicting texts costs a model in its form for inference |
 //! | [`baseline`] | what gzip and xz need for the held-out documents |
 //! | [`schedule`] | learning rates |
 //! | [`config`] | the configuration file of a run |
@@ -22,6 +23,7 @@ pub mod data;
 pub mod error;
 pub mod evaluate;
 mod memory;
+pub mod perplexity;
 mod ranks;
 pub mod records;
 pub mod report;

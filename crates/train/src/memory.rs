@@ -67,11 +67,11 @@ impl Need {
         // The largest share of any rank.
         let windows = config.batch.div_ceil(devices);
         let shape = shape(config, windows);
-        let weights = |form| Weights::required_bytes(device, model, form) as u64;
+        let weights = |form| Weights::required_bytes(device, model, &form) as u64;
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
         let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32));
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
-        let state: usize = model.layers.iter().map(LayerState::of).map(|s| 4 * (s.conv + s.ssm)).sum();
+        let state: usize = model.layers.iter().map(|l| 4 * LayerState::of(l).values()).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };
         Ok(Need {
             persistent,
@@ -106,7 +106,7 @@ fn check_with(
     available: u64,
 ) -> Result<Need, Error> {
     // A model that is far too large is refused before a plan is made of it.
-    let parameters = 4 * Weights::required_bytes(device, model, Form::Training(DType::F32)) as u64;
+    let parameters = 4 * Weights::required_bytes(device, model, &Form::Training(DType::F32)) as u64;
     let too_much = |needed: u64, advice: String| Error::Memory {
         needed: human_bytes(needed),
         device: device.describe(),

@@ -1,14 +1,15 @@
 //! From a configuration to what a run needs: the model's configuration, its tokenizer and its data.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hognose_core::Device;
 use hognose_model::checkpoint::{self, Checkpoint};
-use hognose_model::config::{MAX_LAYERS, Mixer, ModelConfig};
-use hognose_model::hub;
+use hognose_model::config::{LayerConfig, MAX_LAYERS, ModelConfig};
 use hognose_model::presets;
 use hognose_model::tokenizer::Tokenizer;
+use hognose_model::{hub, pattern};
 
 use crate::config::{DeviceKind, TrainConfig};
 use crate::corpus;
@@ -95,12 +96,7 @@ impl Setup {
             Some(folder) => checkpoint::read_config(folder)?.2,
             None => fresh_model(config, &tokenizer)?,
         };
-        if tokenizer.vocab_size() > model.padded_vocab {
-            return Err(Error::Vocabulary { tokenizer: tokenizer.vocab_size(), model: model.padded_vocab });
-        }
-        let boundary = boundary(&tokenizer, &model)?;
-        let encoder = Encoder { tokenizer: &tokenizer, vocabulary: model.padded_vocab };
-        let store = |documents: &[Document]| TokenStore::encode(documents, &encoder, boundary).map(Arc::new);
+        let store = |documents: &[Document]| tokens(documents, &tokenizer, &model).map(Arc::new);
         let training = store(&split.training)?;
         let evaluation = if split.validation.is_empty() {
             None
@@ -129,7 +125,12 @@ impl Setup {
 /// The preset with the changes of `[model]`, its vocabulary being the tokenizer's.
 fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfig, Error> {
     let mut model = presets::preset(&config.preset).map_err(|e| Error::Preset(e.to_string()))?;
-    for (key, value) in &config.model {
+    // Widths before the layers that follow from them, and these before what changes single sizes.
+    let order = ["d_model", "layers", "n_layer"];
+    let place = |key: &str| order.iter().position(|k| *k == key).unwrap_or(order.len());
+    let mut changes: Vec<_> = config.model.iter().collect();
+    changes.sort_by_key(|(key, _)| place(key));
+    for (key, value) in changes {
         change(&mut model, key, value)?;
     }
     let boundary = tokenizer.boundary();
@@ -142,68 +143,76 @@ fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfi
     Ok(model)
 }
 
-/// Sets one value of `[model]`: sizes of all layers at once.
+/// Sets one value of `[model]`: the pattern of its layers, or a size of all layers that have it.
 fn change(model: &mut ModelConfig, key: &str, value: &toml::Value) -> Result<(), Error> {
-    const KEYS: &str = "d_model, n_layer, d_state, d_conv, expand, headdim, ngroups, chunk_size, d_intermediate, \
-                        tie_embeddings";
+    let bad = |expected| Error::ModelValue { key: key.to_string(), found: value.to_string(), expected };
     // Bounded here, so that no product of two sizes wraps around; what is too large is refused with the whole model.
     let number = || {
         let n = value.as_integer().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
-        let bad = || Error::ModelValue {
-            key: key.to_string(),
-            found: value.to_string(),
-            expected: "a whole number from 1 to 4294967295",
-        };
-        n.map(|n| n as usize).ok_or_else(bad)
+        n.map(|n| n as usize).ok_or_else(|| bad("a whole number from 1 to 4294967295"))
     };
-    let expand = |m: &Mixer, d_model: usize| (m.d_inner() / d_model.max(1)).max(1);
     match key {
         "d_model" => {
             let (old, new) = (model.d_model, number()?);
-            for layer in &mut model.layers {
-                let d_inner = expand(&layer.mixer, old) * new;
-                match &mut layer.mixer {
-                    Mixer::Mamba1(m) => (m.d_inner, m.dt_rank) = (d_inner, new.div_ceil(16)),
-                    Mixer::Mamba2(m) => (m.d_inner, m.d_ssm) = (d_inner, d_inner),
-                }
-            }
+            model.layers.iter_mut().for_each(|l| l.mixer.resize(old, new));
             model.d_model = new;
         }
-        "n_layer" => {
-            let layer = model.layers[0].clone();
-            model.layers = vec![layer; number()?.min(MAX_LAYERS + 1)];
-        }
+        "layers" => model.layers = layers(model.d_model, value).ok_or_else(|| bad(PATTERN))??,
+        // The pattern of layers, as often as needed.
+        "n_layer" => model.layers = model.layers.iter().cycle().take(number()?.min(MAX_LAYERS + 1)).cloned().collect(),
         "d_intermediate" => {
             let hidden = number()?;
             model.layers.iter_mut().for_each(|l| l.d_intermediate = Some(hidden));
         }
-        "tie_embeddings" => {
-            model.tie_embeddings = value.as_bool().ok_or_else(|| Error::ModelValue {
-                key: key.to_string(),
-                found: value.to_string(),
-                expected: "true or false",
-            })?;
+        "tie_embeddings" => model.tie_embeddings = value.as_bool().ok_or_else(|| bad("true or false"))?,
+        "expand" => {
+            let d_inner = number()? * model.d_model;
+            model.layers.iter_mut().for_each(|l| l.mixer.set_d_inner(d_inner));
         }
         _ => {
-            let n = number()?;
-            let d_model = model.d_model;
-            for layer in &mut model.layers {
-                match (key, &mut layer.mixer) {
-                    ("d_state", Mixer::Mamba1(m)) => m.d_state = n,
-                    ("d_state", Mixer::Mamba2(m)) => m.d_state = n,
-                    ("d_conv", Mixer::Mamba1(m)) => m.d_conv = n,
-                    ("d_conv", Mixer::Mamba2(m)) => m.d_conv = n,
-                    ("expand", Mixer::Mamba1(m)) => m.d_inner = n * d_model,
-                    ("expand", Mixer::Mamba2(m)) => (m.d_inner, m.d_ssm) = (n * d_model, n * d_model),
-                    ("headdim", Mixer::Mamba2(m)) => m.headdim = n,
-                    ("ngroups", Mixer::Mamba2(m)) => m.ngroups = n,
-                    ("chunk_size", Mixer::Mamba2(m)) => m.chunk_size = n,
-                    _ => return Err(Error::ModelKey { key: key.to_string(), known: KEYS }),
+            if value.is_integer() {
+                number()?;
+            }
+            let known: BTreeSet<String> = model.layers.iter().flat_map(|l| pattern::sizes(&l.mixer)).collect();
+            if !known.contains(key) {
+                let known = known.into_iter().fold(MODEL_KEYS.to_string(), |all, key| format!("{all}, {key}"));
+                return Err(Error::ModelKey { key: key.to_string(), known });
+            }
+            let json = serde_json::to_value(value).map_err(|e| Error::Preset(e.to_string()))?;
+            for mixer in model.layers.iter_mut().map(|l| &mut l.mixer) {
+                if pattern::sizes(mixer).iter().any(|k| k == key) {
+                    pattern::set(mixer, key, json.clone()).map_err(|e| Error::Preset(format!("[model] {key}: {e}")))?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// Documents as a model's tokens, each with a boundary token before it.
+///
+/// # Errors
+/// A tokenizer with more ids than the model, or one that refuses a text; no token that could stand at a boundary.
+pub fn tokens(documents: &[Document], tokenizer: &Tokenizer, model: &ModelConfig) -> Result<TokenStore, Error> {
+    if tokenizer.vocab_size() > model.padded_vocab {
+        return Err(Error::Vocabulary { tokenizer: tokenizer.vocab_size(), model: model.padded_vocab });
+    }
+    let encoder = Encoder { tokenizer, vocabulary: model.padded_vocab };
+    Ok(TokenStore::encode(documents, &encoder, boundary(tokenizer, model)?)?)
+}
+
+/// The keys of `[model]` beside the sizes that its layers have.
+const MODEL_KEYS: &str = "d_model, n_layer, layers, d_intermediate, tie_embeddings, expand";
+const PATTERN: &str = "a pattern such as \"3*mamba1, attention+mlp\", or a list of such";
+
+/// The layers of a pattern or of a list of patterns; nothing for other values.
+fn layers(d_model: usize, value: &toml::Value) -> Option<Result<Vec<LayerConfig>, Error>> {
+    let texts: Vec<&str> = match value {
+        toml::Value::String(text) => vec![text],
+        toml::Value::Array(list) => list.iter().map(toml::Value::as_str).collect::<Option<_>>()?,
+        _ => return None,
+    };
+    Some(pattern::layers(&texts.join(", "), d_model).map_err(|e| Error::Preset(format!("[model] layers: {e}"))))
 }
 
 /// The token that separates documents: the tokenizer's own, else the one that the model names.

@@ -28,7 +28,7 @@ const LOSS_BYTES: usize = 64;
 const UPDATE_AT: [usize; 3] = [0, 64, 72];
 
 /// What decides the shape of a gradient plan.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct StepShape {
     /// In which form the weights are; it decides the type of activations.
     pub form: Form,
@@ -83,7 +83,7 @@ impl GradientPlan {
 
     fn record(config: &ModelConfig, shape: &StepShape, member: Option<&Arc<Member>>) -> Result<Graph, Error> {
         let states = if shape.carry_state { States::Carried } else { States::None };
-        let mut recorder = Recorder::new(config, shape.form, shape.tokens, shape.segments, states);
+        let mut recorder = Recorder::new(config, &shape.form, shape.tokens, shape.segments, states);
         if shape.gradients {
             recorder = recorder.with_dropout(shape.dropout);
         }
@@ -493,7 +493,7 @@ pub fn gradients(
         }
     }
     let shape = StepShape {
-        form: weights.form(),
+        form: weights.form().clone(),
         tokens: pack.tokens(),
         segments: pack.segments(),
         carry_state: false,

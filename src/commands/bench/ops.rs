@@ -70,14 +70,14 @@ impl Sizes {
     fn mamba1(&self) -> Result<&Mamba1Config, Error> {
         match &self.model.layers[0].mixer {
             Mixer::Mamba1(m) => Ok(m),
-            Mixer::Mamba2(_) => Err(unsupported("a Mamba-1 model's sizes; choose --model mamba-130m or the like")),
+            _ => Err(unsupported("a Mamba-1 model's sizes; choose --model mamba-130m or the like")),
         }
     }
 
     fn mamba2(&self) -> Result<&Mamba2Config, Error> {
         match &self.model.layers[0].mixer {
             Mixer::Mamba2(m) => Ok(m),
-            Mixer::Mamba1(_) => Err(unsupported("a Mamba-2 model's sizes; choose --model mamba2-130m or the like")),
+            _ => Err(unsupported("a Mamba-2 model's sizes; choose --model mamba2-130m or the like")),
         }
     }
 
@@ -141,6 +141,7 @@ pub fn run(name: &str, args: &BenchArgs) -> anyhow::Result<()> {
         let known: Vec<&str> = BENCHES.iter().map(|b| b.name).collect();
         return Err(Usage(format!("there is no bench of an op \"{name}\"; there are {}", known.join(", "))).into());
     };
+    args.compute.dtype.map_or(Ok(()), DTypeArg::check_trains)?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
     let model = presets::preset(args.model.as_deref().unwrap_or(bench.preset))?;
     let sizes = Sizes { model, tokens: args.batch * args.length, segments: args.batch, width: args.width };

@@ -72,10 +72,9 @@ pub trait Kernel {
 impl Isa {
     const ALL: [Isa; 5] = [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
 
-    /// The best level this machine has, but for [`Isa::Amx`], which only [`ISA_VARIABLE`] chooses: its products were
-    /// tested against a software form of the tiles, and have not run on a machine that has them.
+    /// The best level this machine has.
     pub fn detect() -> Isa {
-        Isa::ALL.into_iter().find(|isa| *isa != Isa::Amx && isa.is_available()).unwrap_or(Isa::Portable)
+        Isa::ALL.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
     }
 
     /// All levels this machine has, best first; the last one is always [`Isa::Portable`].
@@ -233,7 +232,7 @@ mod tests {
     #[test]
     fn the_best_level_is_the_first_available_one_and_the_portable_one_the_last() {
         let available = Isa::available();
-        assert_eq!(available.iter().find(|isa| **isa != Isa::Amx), Some(&Isa::detect()));
+        assert_eq!(available.first(), Some(&Isa::detect()));
         assert_eq!(available.last(), Some(&Isa::Portable));
     }
 

@@ -91,6 +91,7 @@ fn data_type(dtype: DType) -> sys::cudaDataType {
         DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
         DType::I32 => sys::cudaDataType::CUDA_R_32I,
         DType::F32 => sys::cudaDataType::CUDA_R_32F,
+        DType::Q8_0 | DType::Q4_K | DType::Q6_K => unreachable!("the library multiplies no blocks"),
     }
 }
 

@@ -111,6 +111,7 @@ impl Kernel {
             DType::F32 => "float",
             DType::BF16 => "bf16",
             DType::I32 => "int",
+            DType::Q8_0 | DType::Q4_K | DType::Q6_K => unreachable!("kernels have no elements of blocks"),
         };
         self.define(name, ty)
     }

@@ -73,6 +73,26 @@ impl Mat {
         unsafe { std::slice::from_raw_parts_mut(self.at::<T>(row, 0), self.cols) }
     }
 
+    /// A row of a matrix of weights in blocks, row after row.
+    ///
+    /// # Safety
+    /// As [`Mat::row`].
+    pub(crate) unsafe fn row_of_blocks<'a>(&self, row: usize) -> &'a [u8] {
+        let bytes = self.dtype.row_bytes(self.cols);
+        debug_assert!(row < self.rows && self.stride == self.cols, "weights are whole");
+        // SAFETY: the matrix has `rows` rows of this many bytes.
+        unsafe { std::slice::from_raw_parts(self.ptr.add(row * bytes), bytes) }
+    }
+
+    /// All of a matrix of weights in blocks.
+    ///
+    /// # Safety
+    /// Nobody may write it meanwhile.
+    pub(crate) unsafe fn blocks<'a>(&self) -> &'a [u8] {
+        // SAFETY: the matrix has `rows` rows of this many bytes.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.rows * self.dtype.row_bytes(self.cols)) }
+    }
+
     /// Columns `col .. col + cols` as a matrix of their own.
     pub fn columns(&self, col: usize, cols: usize) -> Mat {
         assert!(col + cols <= self.cols);

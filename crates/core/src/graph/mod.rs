@@ -69,7 +69,7 @@ pub struct Tensor {
 impl Tensor {
     /// Bytes of its elements.
     pub fn bytes(&self) -> usize {
-        self.rows * self.cols * self.dtype.size()
+        self.rows * self.dtype.row_bytes(self.cols)
     }
 }
 
@@ -144,8 +144,8 @@ pub trait Op: Debug + Send + Sync {
         0
     }
 
-    /// The input that the CPU reads as bf16 although activations are f32 there: a weight.
-    fn bf16_weight(&self) -> Option<usize> {
+    /// The input that the CPU reads as bf16 or in blocks although activations are f32 there: a weight.
+    fn narrow_weight(&self) -> Option<usize> {
         None
     }
 
@@ -416,8 +416,8 @@ impl Graph {
     /// refuses them.
     pub fn expect_float(&self, op: &'static str, what: &'static str, t: TensorId) -> Result<DType, Error> {
         match self.dtype(t) {
-            DType::I32 => Err(Error::Type { op, what, expected: DType::F32, found: DType::I32 }),
-            float => Ok(float),
+            float @ (DType::F32 | DType::BF16) => Ok(float),
+            found => Err(Error::Type { op, what, expected: DType::F32, found }),
         }
     }
 

@@ -1,14 +1,14 @@
 //! Linear layers: y = x · Wᵀ + bias, and the products of its gradient.
 //!
-//! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32 or bf16, widened exactly), bias `[1, N]`,
-//! y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX: see `cpu::gemm`), so a row of y has the
-//! same bits whatever other rows there are.
+//! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32, bf16 or blocks, widened exactly), bias
+//! `[1, N]`, y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX: see `cpu::gemm`), so a row of y
+//! has the same bits whatever other rows there are.
 //! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy.
 
 use half::bf16;
 
 use crate::cpu::Cpu;
-use crate::cpu::gemm::{MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
+use crate::cpu::gemm::{BlockMatrix, MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
 use crate::cuda::Launcher;
 use crate::cuda::blas::Product;
 use crate::dtype::DType;
@@ -41,8 +41,9 @@ pub fn linear_to(
     let x_dtype = g.expect_float("linear", "x", x)?;
     let w = g.tensor(weight);
     // Packed weights widen exactly; others have the type of x.
-    if !(w.dtype == x_dtype || w.dtype == DType::BF16 && w.layout == Layout::Panels) {
-        let message = format!("the weight must be {x_dtype}, or bf16 in panels, but is {} {:?}", w.dtype, w.layout);
+    if !(w.dtype == x_dtype || w.dtype != DType::I32 && w.layout == Layout::Panels) {
+        let message =
+            format!("the weight must be {x_dtype}, or bf16 or blocks in panels, but is {} {:?}", w.dtype, w.layout);
         return Err(Error::Unsupported { op: "linear", message });
     }
     if let Some(bias) = bias {
@@ -60,6 +61,10 @@ pub fn linear_to(
 pub(crate) unsafe fn transposed<'a>(weight: Mat, cpu: &Cpu) -> Rhs<'a> {
     let (n, k) = (weight.rows, weight.cols);
     match (weight.layout, weight.dtype) {
+        // SAFETY: the caller keeps them unchanged.
+        (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K) => {
+            Rhs::Blocks(BlockMatrix::new(weight.dtype, k, n, unsafe { weight.blocks() }))
+        }
         (Layout::Rows, _) => Rhs::Strided(unsafe { view(weight) }.t()),
         (Layout::Panels, DType::BF16) => {
             // SAFETY: a packed matrix has this many elements; the caller keeps them unchanged.
@@ -141,7 +146,7 @@ impl Op for Linear {
         product_flops(g, node.input(0), g.rows(node.input(1)))
     }
 
-    fn bf16_weight(&self) -> Option<usize> {
+    fn narrow_weight(&self) -> Option<usize> {
         Some(1)
     }
 

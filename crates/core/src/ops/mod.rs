@@ -3,6 +3,7 @@
 
 pub mod adamw;
 pub mod all_reduce;
+pub mod attention;
 pub mod causal_conv1d;
 pub mod cross_entropy;
 pub mod dropout;
@@ -13,6 +14,7 @@ pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
+pub mod rotary;
 pub mod sample;
 pub mod scan_step;
 pub mod selective_scan;

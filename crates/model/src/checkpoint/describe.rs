@@ -1,17 +1,17 @@
 //! What a checkpoint is, for people.
 
+use super::write::find_tokenizer;
 use super::{Checkpoint, CheckpointError, TensorInfo};
 use crate::config::{Mixer, ModelConfig};
-use crate::tokenizer::Tokenizer;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// What is in a checkpoint folder.
+/// What is in a checkpoint.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Description {
-    /// The folder.
+    /// The folder, or the file.
     pub path: PathBuf,
-    /// `original` or `huggingface`.
+    /// `original`, `huggingface` or `gguf`.
     pub format: String,
     /// The architecture in the format's own words.
     pub model_type: String,
@@ -23,7 +23,7 @@ pub struct Description {
     pub bytes: u64,
     /// Parameters by number format, e.g. `bf16` → 129135360.
     pub dtypes: BTreeMap<String, u64>,
-    /// `bytes`, `tokenizer.json`, or nothing where the folder has no tokenizer.
+    /// `bytes`, `tokenizer.json`, or nothing where there is no tokenizer.
     pub tokenizer: Option<String>,
     /// All sizes.
     pub config: ModelConfig,
@@ -31,16 +31,13 @@ pub struct Description {
     pub tensors: Vec<TensorInfo>,
 }
 
-/// Describes a checkpoint folder. Reads headers only; numbers are not checked.
+/// Describes a checkpoint folder or a GGUF file. Reads headers only; numbers are not checked.
 ///
 /// # Errors
 /// As [`Checkpoint::open`]; a tokenizer that does not load is an error too.
 pub fn describe(path: impl AsRef<Path>) -> Result<Description, CheckpointError> {
     let checkpoint = Checkpoint::open(&path)?;
-    let tokenizer = Tokenizer::find(&path).map_err(|e| CheckpointError::Unsupported {
-        path: path.as_ref().into(),
-        message: format!("the tokenizer does not load: {e}"),
-    })?;
+    let tokenizer = find_tokenizer(&checkpoint)?;
     let mut dtypes = BTreeMap::new();
     for t in checkpoint.tensors() {
         *dtypes.entry(t.dtype.to_string()).or_default() += t.numel() as u64;
@@ -67,6 +64,7 @@ fn architecture(config: &ModelConfig) -> String {
             Mixer::Mamba1(m) if m.dt_b_c_rms.is_some() => "Falcon-Mamba",
             Mixer::Mamba1(_) => "Mamba-1",
             Mixer::Mamba2(_) => "Mamba-2",
+            other => other.kind(),
         };
         if !kinds.contains(&kind) {
             kinds.push(kind);

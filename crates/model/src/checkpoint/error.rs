@@ -7,8 +7,9 @@ use std::path::PathBuf;
 /// Why a checkpoint cannot be read or written. Every message names the file and, where there is one, the tensor.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    /// The path is not a folder.
-    #[error("{}: there is no such folder; expected a folder with config.json and the weights", .path.display())]
+    /// The path is neither a folder nor a file that is read.
+    #[error("{}: there is no such folder or GGUF file; expected a folder with config.json and the weights, or a GGUF file",
+        .path.display())]
     NoFolder { path: PathBuf },
     /// The operating system refused.
     #[error("{}: cannot {action}: {source}", .path.display())]
@@ -37,11 +38,14 @@ pub enum CheckpointError {
     /// A torch file that is damaged, or holds something else than tensors.
     #[error("{}: not a file of tensors as torch.save writes it: {message}", .path.display())]
     Torch { path: PathBuf, message: String },
+    /// A GGUF file that is damaged, or none.
+    #[error("{}: not a GGUF file that can be read: {message}", .path.display())]
+    Gguf { path: PathBuf, message: String },
     /// A tensor that the configuration asks for is not there.
     #[error("{}: tensor {name} of shape {shape:?} is missing{}", .path.display(), others(*.more))]
     Missing { path: PathBuf, name: String, shape: Vec<usize>, more: usize },
     /// A tensor that the configuration does not ask for is there.
-    #[error("{}: tensor {name} does not belong to the model that config.json describes{}; one of the two is wrong",
+    #[error("{}: tensor {name} does not belong to the model that is described{}; one of the two is wrong",
         .path.display(), others(*.more))]
     Surplus { path: PathBuf, name: String, more: usize },
     /// A tensor has another shape than the configuration says.
@@ -50,6 +54,9 @@ pub enum CheckpointError {
     /// A tensor is of a type that is not read.
     #[error("{}: tensor {name} is of type {found}; expected F32, F16 or BF16", .path.display())]
     Dtype { path: PathBuf, name: String, found: String },
+    /// A tensor of transitions A holds one that does not decay.
+    #[error("{}: tensor {name} holds {value} at element {index}; expected A, which is negative", .path.display())]
+    NotNegative { path: PathBuf, name: String, index: usize, value: f32 },
     /// A tensor holds an infinity or something that is not a number.
     #[error("{}: tensor {name} holds {value} at element {index}; the weights are damaged", .path.display())]
     NonFinite { path: PathBuf, name: String, index: usize, value: f32 },

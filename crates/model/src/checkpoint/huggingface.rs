@@ -135,6 +135,7 @@ pub(super) fn model_type(config: &ModelConfig) -> &'static str {
             let plain = m.rmsnorm && !m.norm_before_gate && !m.d_has_hdim && m.d_ssm == m.d_inner;
             if plain && m.d_inner.is_multiple_of(config.d_model) { "mamba2" } else { "hognose" }
         }
+        _ => "hognose",
     }
 }
 
@@ -194,6 +195,8 @@ pub(super) fn write(config: &ModelConfig, dtype: &str) -> Result<Map<String, Val
             put("use_bias", json!(m.bias));
             put("use_conv_bias", json!(m.conv_bias));
         }
+        // These have no class, and were written above.
+        _ => {}
     }
     Ok(map)
 }

@@ -1,7 +1,7 @@
 //! Checkpoints: reading, checking, writing and converting the formats people have.
 //!
-//! [`Checkpoint::open`] reads a folder in the original state-spaces format or in that of Hugging Face transformers. The
-//! weight files are mapped, not read: tensors are converted one at a time, straight from the file into the memory of
+//! [`Checkpoint::open`] reads a folder in the original state-spaces format or in that of Hugging Face transformers, or a
+//! GGUF file. The weight files are mapped, not read: tensors are converted one at a time, straight from the file into the memory of
 //! the caller. All tensors go by their canonical names, the original ones (see [`crate::config::ParamSpec`]);
 //! [`Checkpoint::native_name`] gives a tensor's name in the file.
 //!
@@ -10,6 +10,7 @@
 
 mod describe;
 mod error;
+pub(crate) mod gguf;
 mod huggingface;
 mod json;
 mod original;
@@ -21,6 +22,7 @@ mod write;
 
 pub use describe::{Description, describe};
 pub use error::CheckpointError;
+pub use gguf::{Quantized, QuantizedTensor, is_gguf, quantize};
 pub use tensor::Dtype;
 pub use write::{SaveTensor, TensorData, convert, save};
 
@@ -31,13 +33,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use tensor::{Stored, ValueError};
 
-/// The layouts of a checkpoint folder.
+/// The layouts of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Format {
     /// config.json and pytorch_model.bin, as mamba-ssm writes them.
     Original,
     /// config.json with `model_type` and model.safetensors, as transformers writes them.
     HuggingFace,
+    /// One file with everything, as llama.cpp has it.
+    Gguf,
 }
 
 impl fmt::Display for Format {
@@ -45,6 +49,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Format::Original => "original",
             Format::HuggingFace => "huggingface",
+            Format::Gguf => "gguf",
         })
     }
 }
@@ -52,12 +57,13 @@ impl fmt::Display for Format {
 impl std::str::FromStr for Format {
     type Err = String;
 
-    /// `original`, `huggingface` or `hf`.
+    /// `original`, `huggingface` or `hf`, `gguf`.
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "original" => Ok(Format::Original),
             "huggingface" | "hf" => Ok(Format::HuggingFace),
-            _ => Err(format!("\"{s}\" is not a checkpoint format; expected original or huggingface")),
+            "gguf" => Ok(Format::Gguf),
+            _ => Err(format!("\"{s}\" is not a checkpoint format; expected original, huggingface or gguf")),
         }
     }
 }
@@ -83,7 +89,7 @@ impl TensorInfo {
 
     /// Bytes of the numbers in the file.
     pub fn nbytes(&self) -> usize {
-        self.numel() * self.dtype.size()
+        self.dtype.bytes(self.numel())
     }
 }
 
@@ -92,11 +98,11 @@ impl TensorInfo {
 pub struct Checkpoint {
     /// What the model is.
     pub config: ModelConfig,
-    /// Which layout the folder has.
+    /// Which layout it has.
     pub format: Format,
     /// The architecture in the format's own words: `mamba`, `mamba2`, `falcon_mamba`, `hognose`; `original`.
     pub model_type: String,
-    /// The folder.
+    /// The folder, or the file.
     pub path: PathBuf,
     weights: PathBuf,
     infos: Vec<TensorInfo>,
@@ -105,14 +111,19 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint folder and checks everything but the numbers.
+    /// Opens a checkpoint folder or a GGUF file and checks everything but the numbers.
     ///
     /// # Errors
-    /// Whatever is wrong with the folder, config.json or the tensors; see [`CheckpointError`].
+    /// Whatever is wrong with the folder or the file, the configuration or the tensors; see [`CheckpointError`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
         let path = path.as_ref();
-        let (format, model_type, config) = read_config(path)?;
-        let mut weights = shards::open(path)?;
+        let (format, model_type, config, mut weights) = if gguf::is_gguf(path) {
+            let (architecture, config, weights) = gguf::open(path)?;
+            (Format::Gguf, architecture, config, weights)
+        } else {
+            let (format, model_type, config) = read_config(path)?;
+            (format, model_type, config, shards::open(path)?)
+        };
         // lm_head.weight may be written although it is the embedding, as the original format does.
         if config.tie_embeddings
             && let Some(head) = weights.tensors.remove("lm_head.weight")
@@ -125,9 +136,14 @@ impl Checkpoint {
                 }
             }
         }
+        let canonical_names: HashMap<String, String> =
+            config.parameters().into_iter().map(|p| (native_name(format, &p.name), p.name)).collect();
         let mut found = HashMap::new();
         for (native, stored) in weights.tensors {
-            let canonical = huggingface::canonical_name(&native);
+            let canonical = match format {
+                Format::Gguf => canonical_names.get(&native).unwrap_or(&native).clone(),
+                Format::Original | Format::HuggingFace => huggingface::canonical_name(&native),
+            };
             if let Some((other, _)) = found.insert(canonical, (native.clone(), stored)) {
                 let name: String = if other < native { native } else { other };
                 return Err(CheckpointError::Surplus { path: weights.path, name, more: 0 });
@@ -201,7 +217,43 @@ impl Checkpoint {
     /// An unknown name, memory of another size, or damaged numbers.
     pub fn read_f32_into(&self, name: &str, out: &mut [f32]) -> Result<(), CheckpointError> {
         let stored = self.stored_of_length(name, out.len())?;
-        stored.read_f32(out).map_err(|e| self.value_error(name, e))
+        stored.read_f32(0, out).map_err(|e| self.value_error(name, e))
+    }
+
+    /// A part of a tensor as f32: numbers from `first` on, in row-major order. Memory of the mapped file that only this
+    /// part needed is given back.
+    ///
+    /// # Errors
+    /// An unknown name, more numbers than the tensor has, or damaged ones.
+    pub fn read_f32_part(&self, name: &str, first: usize, out: &mut [f32]) -> Result<(), CheckpointError> {
+        let stored = self.stored(name)?;
+        let (expected, found) = (stored.numel(), first.saturating_add(out.len()));
+        if found > expected {
+            return Err(CheckpointError::Length { name: name.into(), found, expected });
+        }
+        stored.read_f32(first, out).map_err(|e| self.value_error(name, e))?;
+        stored.forget(first..first + out.len());
+        Ok(())
+    }
+
+    /// As [`Checkpoint::bytes`], in the type that [`Dtype::plain`] says: blocks are decoded to f32.
+    pub(crate) fn plain_bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, CheckpointError> {
+        match self.stored(name)?.dtype {
+            Dtype::Blocks(_) => Ok(Cow::Owned(bytemuck::cast_slice(&self.read_f32(name)?).to_vec())),
+            _ => self.bytes(name),
+        }
+    }
+
+    /// A = −exp(A_log) of the tensor A_log with this name: as the file has it, where the file has A.
+    fn read_transition(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let mut stored = self.stored(name)?.clone();
+        let has_a = std::mem::replace(&mut stored.negated_exp, false);
+        let mut values = vec![0.0; stored.numel()];
+        stored.read_f32(0, &mut values).map_err(|e| self.value_error(name, e))?;
+        if !has_a {
+            values.iter_mut().for_each(|v| *v = -f64::from(*v).exp() as f32);
+        }
+        Ok(values)
     }
 
     fn stored(&self, name: &str) -> Result<&Stored, CheckpointError> {
@@ -227,6 +279,7 @@ fn value_error(path: &Path, name: &str, e: ValueError) -> CheckpointError {
     let (path, name) = (path.to_path_buf(), name.to_string());
     match e {
         ValueError::NonFinite { index, value } => CheckpointError::NonFinite { path, name, index, value },
+        ValueError::NotNegative { index, value } => CheckpointError::NotNegative { path, name, index, value },
         ValueError::Checksum => {
             let message = format!("tensor {name} does not match its checksum; the file is damaged");
             CheckpointError::Torch { path, message }
@@ -248,14 +301,19 @@ fn native_name(format: Format, canonical: &str) -> String {
     match format {
         Format::Original => canonical.into(),
         Format::HuggingFace => huggingface::native_name(canonical),
+        Format::Gguf => gguf::names::native_name(canonical),
     }
 }
 
-/// The configuration in a checkpoint folder, checked; the weights are not looked at.
+/// The configuration in a checkpoint folder or a GGUF file, checked; the weights are not looked at.
 ///
 /// # Errors
-/// As [`Checkpoint::open`], for everything about config.json.
+/// As [`Checkpoint::open`], for everything about the configuration.
 pub fn read_config(folder: &Path) -> Result<(Format, String, ModelConfig), CheckpointError> {
+    if gguf::is_gguf(folder) {
+        let (architecture, config) = gguf::read_config(folder)?;
+        return Ok((Format::Gguf, architecture, config));
+    }
     if !folder.is_dir() {
         return Err(CheckpointError::NoFolder { path: folder.into() });
     }

@@ -216,6 +216,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<Map<String, Value>, Checkpoi
             put("chunk_size", json!(m.chunk_size), json!(256));
             16
         }
+        other => return Err(no(format!("it has no layers of the kind {}", other.kind()))),
     };
     let (vocab, rows) = (config.vocab_size, config.padded_vocab);
     // The padding of the published models if it fits, else a power of two, else the number of rows itself.

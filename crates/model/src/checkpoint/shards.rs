@@ -114,6 +114,7 @@ fn open_safetensors(path: &Path) -> Result<Vec<(String, Stored)>, CheckpointErro
             start: range.start,
             strides: None,
             checked: None,
+            negated_exp: false,
         };
         all.push((name, stored));
     }

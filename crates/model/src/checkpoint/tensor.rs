@@ -1,10 +1,12 @@
 //! A tensor where it lies in a mapped file, and its conversion to the numbers that the program computes with.
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use hognose_core::quant::Kind;
+use memmap2::{Mmap, UncheckedAdvice};
 use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -12,8 +14,7 @@ use std::sync::{Arc, OnceLock};
 compile_error!("checkpoints hold little-endian numbers, which this crate uses where they lie");
 
 /// The number formats in which weights are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,
@@ -21,24 +22,66 @@ pub enum Dtype {
     F16,
     /// The upper half of an f32.
     BF16,
+    /// Blocks of few bits a number, which GGUF files have. A row is a whole number of blocks.
+    Blocks(Kind),
 }
 
 impl Dtype {
-    /// Bytes of one number.
-    pub fn size(self) -> usize {
-        if self == Dtype::F32 { 4 } else { 2 }
+    /// Numbers of the smallest piece that has bytes of its own, and these bytes.
+    fn piece(self) -> (usize, usize) {
+        match self {
+            Dtype::F32 => (1, 4),
+            Dtype::F16 | Dtype::BF16 => (1, 2),
+            Dtype::Blocks(kind) => (kind.block_len(), kind.block_bytes()),
+        }
+    }
+
+    /// The type of the numbers where there are no blocks: f32 in place of them.
+    pub fn plain(self) -> Dtype {
+        if let Dtype::Blocks(_) = self { Dtype::F32 } else { self }
+    }
+
+    /// Whether rows of `columns` numbers can be of this type.
+    pub fn fits(self, columns: usize) -> bool {
+        columns.is_multiple_of(self.piece().0)
+    }
+
+    /// Bytes of `numel` numbers: as many as whole blocks hold.
+    pub fn bytes(self, numel: usize) -> usize {
+        let (numbers, bytes) = self.piece();
+        numel / numbers * bytes
+    }
+
+    /// Converts numbers from these bytes to f32, as many as `out` has.
+    pub(super) fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Dtype::F32 => convert(bytes, out, f32::from_le_bytes),
+            Dtype::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => convert(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::Blocks(kind) => kind.decode(bytes, out),
+        }
+    }
+}
+
+impl serde::Serialize for Dtype {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
     }
 }
 
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Dtype::F32 => "f32",
-            Dtype::F16 => "f16",
-            Dtype::BF16 => "bf16",
-        })
+        match self {
+            Dtype::F32 => f.write_str("f32"),
+            Dtype::F16 => f.write_str("f16"),
+            Dtype::BF16 => f.write_str("bf16"),
+            Dtype::Blocks(kind) => f.write_str(&format!("{kind:?}").to_lowercase()),
+        }
     }
 }
+
+/// Bytes of a file that a checksum reads at a time.
+const HASHED: usize = 1 << 22;
 
 /// A file mapped into memory.
 #[derive(Debug)]
@@ -59,6 +102,20 @@ impl Mapped {
 
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Takes whole pages inside of a range out of memory; whoever reads them again gets them from the file again.
+    pub(super) fn forget(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            const PAGE: usize = 1 << 16; // A multiple of the pages of all machines.
+            let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: nobody writes this map, so its pages hold what the file holds, now and when they come back.
+                // That it may fail does not matter: it only saves memory.
+                let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
     }
 }
 
@@ -83,13 +140,23 @@ pub(super) struct Stored {
     pub(super) strides: Option<Vec<usize>>,
     /// The storage the tensor lies in, where the file has a checksum for it.
     pub(super) checked: Option<Arc<Checked>>,
+    /// The file holds A = −exp(A_log) in f32; the tensor is A_log.
+    pub(super) negated_exp: bool,
 }
 
 /// What can go wrong with the numbers themselves.
 #[derive(Debug, PartialEq)]
 pub(super) enum ValueError {
     Checksum,
-    NonFinite { index: usize, value: f32 },
+    /// A transition A that is not negative, so that it has no A_log.
+    NotNegative {
+        index: usize,
+        value: f32,
+    },
+    NonFinite {
+        index: usize,
+        value: f32,
+    },
 }
 
 impl Stored {
@@ -97,22 +164,41 @@ impl Stored {
         self.shape.iter().product()
     }
 
-    /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it.
+    /// The numbers in row-major order, little-endian: borrowed from the file unless they lie scattered in it, or other
+    /// ones are meant.
     pub(super) fn bytes(&self) -> Result<Cow<'_, [u8]>, ValueError> {
+        self.part(0..self.numel())
+    }
+
+    /// As [`Stored::bytes`], of some numbers in row-major order.
+    fn part(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, ValueError> {
         let file = self.file.bytes();
         if let Some(c) = &self.checked {
-            let good = c.good.get_or_init(|| crc32fast::hash(&file[c.start..c.start + c.len]) == c.crc32);
+            let good = c.good.get_or_init(|| {
+                let mut hasher = crc32fast::Hasher::new();
+                for start in (c.start..c.start + c.len).step_by(HASHED) {
+                    let end = (c.start + c.len).min(start + HASHED);
+                    hasher.update(&file[start..end]);
+                    self.file.forget(start..end);
+                }
+                hasher.finalize() == c.crc32
+            });
             if !good {
                 return Err(ValueError::Checksum);
             }
         }
-        let size = self.dtype.size();
         let Some(strides) = &self.strides else {
-            return Ok(Cow::Borrowed(&file[self.start..self.start + self.numel() * size]));
+            let bytes = &file[self.place(range)];
+            return if self.negated_exp { log_of_negated(bytes).map(Cow::Owned) } else { Ok(Cow::Borrowed(bytes)) };
         };
-        let mut out = Vec::with_capacity(self.numel() * size);
+        let size = self.dtype.bytes(1);
+        let mut out = Vec::with_capacity(range.len() * size);
         let mut index = vec![0; self.shape.len()];
-        for _ in 0..self.numel() {
+        let mut first = range.start;
+        for (i, &n) in index.iter_mut().zip(&self.shape).rev() {
+            (*i, first) = (first % n.max(1), first / n.max(1));
+        }
+        for _ in range {
             let element: usize = index.iter().zip(strides).map(|(i, s)| i * s).sum();
             let at = self.start + element * size;
             out.extend_from_slice(&file[at..at + size]);
@@ -127,15 +213,23 @@ impl Stored {
         Ok(Cow::Owned(out))
     }
 
-    /// Writes the numbers as f32; `out` has as many elements as the tensor.
-    pub(super) fn read_f32(&self, out: &mut [f32]) -> Result<(), ValueError> {
-        let bytes = self.bytes()?;
-        match self.dtype {
-            Dtype::F32 => convert(&bytes, out, f32::from_le_bytes),
-            Dtype::F16 => convert(&bytes, out, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => convert(&bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+    /// Where numbers that follow each other lie in the file; in types of blocks, whole blocks of them.
+    fn place(&self, range: Range<usize>) -> Range<usize> {
+        self.start + self.dtype.bytes(range.start)..self.start + self.dtype.bytes(range.end)
+    }
+
+    /// Writes the numbers from `first` on as f32; in types of blocks, `first` is the start of one.
+    pub(super) fn read_f32(&self, first: usize, out: &mut [f32]) -> Result<(), ValueError> {
+        let bytes = self.part(first..first + out.len()).map_err(|e| e.after(first))?;
+        self.dtype.decode(&bytes, out);
+        finite(out.iter().copied()).map_err(|e| e.after(first))
+    }
+
+    /// Gives the memory of some numbers back to the system ([`Mapped::forget`]).
+    pub(super) fn forget(&self, range: Range<usize>) {
+        if self.strides.is_none() {
+            self.file.forget(self.place(range));
         }
-        finite(out.iter().copied())
     }
 }
 
@@ -145,7 +239,44 @@ pub(super) fn check_finite(dtype: Dtype, bytes: &[u8]) -> Result<(), ValueError>
         Dtype::F32 => finite(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
         Dtype::F16 => finite(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
         Dtype::BF16 => finite(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+        Dtype::Blocks(kind) => {
+            let mut values = [0.0; DECODED_AT_ONCE];
+            for (i, bytes) in bytes.chunks(kind.row_bytes(DECODED_AT_ONCE)).enumerate() {
+                let values = &mut values[..bytes.len() / kind.block_bytes() * kind.block_len()];
+                kind.decode(bytes, values);
+                finite(values.iter().copied()).map_err(|e| e.after(i * DECODED_AT_ONCE))?;
+            }
+            Ok(())
+        }
     }
+}
+
+/// Numbers of blocks that are looked at together: some blocks of every kind.
+const DECODED_AT_ONCE: usize = 1024;
+
+impl ValueError {
+    /// The same error, where `before` numbers stand before those that were looked at.
+    fn after(self, before: usize) -> ValueError {
+        match self {
+            ValueError::NonFinite { index, value } => ValueError::NonFinite { index: index + before, value },
+            ValueError::NotNegative { index, value } => ValueError::NotNegative { index: index + before, value },
+            ValueError::Checksum => ValueError::Checksum,
+        }
+    }
+}
+
+/// ln(−A) of numbers A in f32.
+fn log_of_negated(bytes: &[u8]) -> Result<Vec<u8>, ValueError> {
+    let mut out = Vec::with_capacity(bytes.len());
+    for (index, b) in bytes.as_chunks().0.iter().enumerate() {
+        let value = f32::from_le_bytes(*b);
+        if value.is_finite() && value >= 0.0 {
+            return Err(ValueError::NotNegative { index, value });
+        }
+        // In f64, so that exp of it gives A again within the rounding of A_log itself.
+        out.extend_from_slice(&((-f64::from(value)).ln() as f32).to_le_bytes());
+    }
+    Ok(out)
 }
 
 fn convert<const N: usize, T>(bytes: &[u8], out: &mut [T], f: impl Fn([u8; N]) -> T) {

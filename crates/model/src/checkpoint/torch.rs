@@ -69,8 +69,9 @@ pub(super) fn open(path: &Path) -> Result<Vec<(String, Stored)>, CheckpointError
             })
         });
         let strides = check_view(&view, record.len, dtype).map_err(|e| bad(format!("tensor {name} {e}")))?;
-        let start = record.start + view.offset * dtype.size();
-        let stored = Stored { file: file.clone(), dtype, shape: view.shape, start, strides, checked: checked.clone() };
+        let start = record.start + view.offset * dtype.bytes(1);
+        let (file, checked) = (file.clone(), checked.clone());
+        let stored = Stored { file, dtype, shape: view.shape, start, strides, checked, negated_exp: false };
         all.push((name, stored));
     }
     Ok(all)
@@ -109,8 +110,8 @@ fn records(bytes: &[u8]) -> Result<HashMap<String, Record>, String> {
 /// Checks a view against its storage. Gives the strides back where they are not those of a row-major tensor.
 fn check_view(view: &TensorView, bytes: usize, dtype: Dtype) -> Result<Option<Vec<usize>>, String> {
     let stored = view.storage.numel;
-    if stored.checked_mul(dtype.size()) != Some(bytes) {
-        return Err(format!("has a storage of {bytes} bytes; expected {stored} numbers of {} bytes", dtype.size()));
+    if stored.checked_mul(dtype.bytes(1)) != Some(bytes) {
+        return Err(format!("has a storage of {bytes} bytes; expected {stored} numbers of {} bytes", dtype.bytes(1)));
     }
     let numel = view.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     // The last element's place; a tensor without elements touches nothing.
@@ -135,6 +136,7 @@ fn check_view(view: &TensorView, bytes: usize, dtype: Dtype) -> Result<Option<Ve
 /// A tensor to be written: its name, shape and numbers.
 pub(super) struct Entry<'a> {
     pub(super) name: String,
+    /// No blocks; see [`Checkpoint::plain_bytes`](super::Checkpoint).
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
     /// Position in the list of the entry whose numbers this one shares.
@@ -171,7 +173,7 @@ fn pickle_of(entries: &[Entry]) -> Vec<u8> {
     for (i, e) in entries.iter().enumerate() {
         let key = e.shares.unwrap_or(i);
         let kind = match e.dtype {
-            Dtype::F32 => "FloatStorage",
+            Dtype::F32 | Dtype::Blocks(_) => "FloatStorage",
             Dtype::F16 => "HalfStorage",
             Dtype::BF16 => "BFloat16Storage",
         };
@@ -301,7 +303,7 @@ pub(super) mod tests {
         let all = open(&path).unwrap();
         assert_eq!(all[0].0, "t");
         let mut out = [0f32; 6];
-        all[0].1.read_f32(&mut out).unwrap();
+        all[0].1.read_f32(0, &mut out).unwrap();
         assert_eq!(out, [1., 4., 2., 5., 3., 6.]);
     }
 
@@ -349,6 +351,6 @@ pub(super) mod tests {
         std::fs::write(&path, &flipped).unwrap();
         let tensors = open(&path).unwrap();
         let mut values = vec![0.0; tensors[0].1.numel()];
-        assert_eq!(tensors[0].1.read_f32(&mut values), Err(crate::checkpoint::tensor::ValueError::Checksum));
+        assert_eq!(tensors[0].1.read_f32(0, &mut values), Err(crate::checkpoint::tensor::ValueError::Checksum));
     }
 }

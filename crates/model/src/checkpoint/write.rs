@@ -2,9 +2,9 @@
 
 use super::error::CheckpointError;
 use super::tensor::{Dtype, check_finite};
-use super::{Checkpoint, Format, huggingface, json, native_name, original, torch, value_error};
+use super::{Checkpoint, Format, gguf, huggingface, json, native_name, original, torch, value_error};
 use crate::config::ModelConfig;
-use crate::tokenizer::TOKENIZER_FILES;
+use crate::tokenizer::{TOKENIZER_FILES, Tokenizer};
 use half::bf16;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
@@ -44,7 +44,8 @@ struct View<'a> {
 impl ::safetensors::View for View<'_> {
     fn dtype(&self) -> ::safetensors::Dtype {
         match self.dtype {
-            Dtype::F32 => ::safetensors::Dtype::F32,
+            // Blocks are decoded on their way here: `Checkpoint::plain_bytes`.
+            Dtype::F32 | Dtype::Blocks(_) => ::safetensors::Dtype::F32,
             Dtype::F16 => ::safetensors::Dtype::F16,
             Dtype::BF16 => ::safetensors::Dtype::BF16,
         }
@@ -115,7 +116,7 @@ fn hugging_face_files(
     dtype: Dtype,
 ) -> Result<[(&'static str, String); 2], CheckpointError> {
     let dtype = match dtype {
-        Dtype::F32 => "float32",
+        Dtype::F32 | Dtype::Blocks(_) => "float32",
         Dtype::F16 => "float16",
         Dtype::BF16 => "bfloat16",
     };
@@ -159,12 +160,15 @@ fn temporary(path: &Path) -> PathBuf {
 }
 
 /// The folder that holds `path`; the current one for a bare name.
-fn parent(path: &Path) -> &Path {
+pub(super) fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Puts a file in place once it is complete and on the disk.
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), CheckpointError>) -> Result<(), CheckpointError> {
+pub(super) fn replace(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
     let temporary = temporary(path);
     let result = write(&temporary)
         .and_then(|()| fs::rename(&temporary, path).map_err(CheckpointError::io(path, "put in place")))
@@ -177,6 +181,8 @@ fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<(), CheckpointError>
 }
 
 /// Copies a checkpoint into another format (or the same), with every number's bits and type kept, and the tokenizer.
+/// What has no type of its own in the other format becomes f32: weights in blocks outside of GGUF, and in GGUF what is no
+/// matrix.
 ///
 /// `output` appears complete or not at all. Every number is checked on the way.
 ///
@@ -190,11 +196,22 @@ pub fn convert(input: impl AsRef<Path>, output: impl AsRef<Path>, format: Format
         return Err(exists());
     }
     let checkpoint = Checkpoint::open(input)?;
+    if format == Format::Gguf {
+        let tokenizer = find_tokenizer(&checkpoint)?;
+        return gguf::quantize(&checkpoint, tokenizer.as_ref(), output, None, &mut |_, _| ()).map(|_| ());
+    }
     // Refuse what the format cannot express before anything is written.
     let original = (format == Format::Original).then(|| original::write(&checkpoint.config)).transpose()?;
     fs::create_dir_all(parent(output)).map_err(CheckpointError::io(parent(output), "create the folder"))?;
     let folder = Temporary(temporary(output));
     fs::create_dir(&folder.0).map_err(CheckpointError::io(&folder.0, "create the folder"))?;
+    if checkpoint.format == Format::Gguf
+        && let Some(tokenizer) = find_tokenizer(&checkpoint)?
+    {
+        for (name, bytes) in tokenizer.files() {
+            write_synced(&folder.0.join(name), &bytes)?;
+        }
+    }
     for name in TOKENIZER_FILES.iter().chain(&["generation_config.json"]) {
         let from = checkpoint.path.join(name);
         if from.exists() {
@@ -212,7 +229,8 @@ pub fn convert(input: impl AsRef<Path>, output: impl AsRef<Path>, format: Format
         None => {
             let mut views = Vec::new();
             for t in checkpoint.tensors() {
-                let view = View { dtype: t.dtype, shape: t.shape.clone(), data: checkpoint.bytes(&t.name)? };
+                let view =
+                    View { dtype: t.dtype.plain(), shape: t.shape.clone(), data: checkpoint.plain_bytes(&t.name)? };
                 views.push((native_name(format, &t.name), view));
             }
             write_safetensors(&folder.0.join("model.safetensors"), views)?;
@@ -233,6 +251,15 @@ pub fn convert(input: impl AsRef<Path>, output: impl AsRef<Path>, format: Format
     sync(parent(output))
 }
 
+/// The tokenizer of a checkpoint, if it has one.
+pub(super) fn find_tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, CheckpointError> {
+    let path = &checkpoint.path;
+    Tokenizer::find(path).map_err(|e| CheckpointError::Unsupported {
+        path: path.clone(),
+        message: format!("the tokenizer does not load: {e}"),
+    })
+}
+
 /// The tensors for a .bin, with the output matrix written out even where it is the embedding, as mamba-ssm does.
 fn torch_entries(checkpoint: &Checkpoint) -> Vec<torch::Entry<'_>> {
     let mut entries: Vec<_> = checkpoint
@@ -240,17 +267,17 @@ fn torch_entries(checkpoint: &Checkpoint) -> Vec<torch::Entry<'_>> {
         .iter()
         .map(|t| torch::Entry {
             name: t.name.clone(),
-            dtype: t.dtype,
+            dtype: t.dtype.plain(),
             shape: t.shape.clone(),
             shares: None,
-            data: Box::new(|| checkpoint.bytes(&t.name)),
+            data: Box::new(|| checkpoint.plain_bytes(&t.name)),
         })
         .collect();
     if checkpoint.config.tie_embeddings
         && let Some(t) = checkpoint.info("backbone.embedding.weight")
     {
-        let (dtype, shape) = (t.dtype, t.shape.clone());
-        let data = Box::new(|| checkpoint.bytes(&t.name));
+        let (dtype, shape) = (t.dtype.plain(), t.shape.clone());
+        let data = Box::new(|| checkpoint.plain_bytes(&t.name));
         entries.push(torch::Entry { name: "lm_head.weight".into(), dtype, shape, shares: Some(0), data });
     }
     entries

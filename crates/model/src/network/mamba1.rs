@@ -24,7 +24,7 @@ impl Recorder<'_> {
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
         let (x, z) = (parts[0], parts[1]);
 
-        let (initial_state, state_dest) = self.state(layer, "conv", widths.conv);
+        let (initial_state, state_dest) = self.state(layer, "conv", widths.width("conv"));
         let conv = CausalConv1d {
             x,
             weight: self.param(&format!("{name}.mixer.conv1d.weight")),
@@ -47,7 +47,7 @@ impl Recorder<'_> {
         let dt_weight = self.param(&format!("{name}.mixer.dt_proj.weight"));
         let dt = hognose_core::ops::linear::linear(&mut self.graph, parts[0], dt_weight, None)?;
 
-        let (initial_state, state_dest) = self.state(layer, "ssm", widths.ssm);
+        let (initial_state, state_dest) = self.state(layer, "ssm", widths.width("ssm"));
         let scan = SelectiveScan {
             x,
             dt,
@@ -63,7 +63,9 @@ impl Recorder<'_> {
             // Every released checkpoint was trained with B̄ = ΔB, not with the ZOH of the paper.
             discretisation: Discretisation::Euler,
         };
+        self.observe(layer, &[("x", x), ("dt", dt), ("B", parts[1]), ("C", parts[2]), ("z", z)])?;
         let scan = selective_scan(&mut self.graph, scan)?;
+        self.observe(layer, &[("y", scan.y)])?;
         self.store_state(scan.final_state, state_dest)?;
         self.linear(scan.y, &format!("{name}.mixer.out_proj"))
     }

@@ -28,7 +28,7 @@ impl Recorder<'_> {
         let parts = split(&mut self.graph, projected, &parts)?;
         let (z0, x0, z, xbc, dt) = (parts[0], parts[1], parts[2], parts[3], parts[4]);
 
-        let (initial_state, state_dest) = self.state(layer, "conv", widths.conv);
+        let (initial_state, state_dest) = self.state(layer, "conv", widths.width("conv"));
         let conv = CausalConv1d {
             x: xbc,
             weight: self.param(&format!("{name}.mixer.conv1d.weight")),
@@ -41,7 +41,7 @@ impl Recorder<'_> {
         self.store_state(conv.final_state, state_dest)?;
         let xbc = split(&mut self.graph, conv.y, &[m.d_ssm, bc, bc])?;
 
-        let (initial_state, state_dest) = self.state(layer, "ssm", widths.ssm);
+        let (initial_state, state_dest) = self.state(layer, "ssm", widths.width("ssm"));
         let scan = Ssd {
             x: xbc[0],
             dt,
@@ -59,7 +59,12 @@ impl Recorder<'_> {
             softplus: true,
             dt_limit: m.dt_limit,
         };
+        self.observe(layer, &[("x", xbc[0]), ("dt", dt), ("B", xbc[1]), ("C", xbc[2])])?;
+        if !m.rmsnorm {
+            self.observe(layer, &[("z", z)])?;
+        }
         let scan = ssd(&mut self.graph, scan)?;
+        self.observe(layer, &[("y", scan.y)])?;
         self.store_state(scan.final_state, state_dest)?;
         let mut y = scan.y;
         if m.rmsnorm {

@@ -1,6 +1,7 @@
 //! The model as a function that writes a graph: layers of `x + mixer(norm(x))`, each perhaps followed by
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
+mod attention;
 mod mamba1;
 mod mamba2;
 mod mlp;
@@ -50,6 +51,11 @@ pub fn state_name(layer: usize, part: &str, end: bool) -> String {
     format!("state.{layer}.{part}.{}", if end { "end" } else { "start" })
 }
 
+/// Name of the external with a tensor inside of a layer (see [`Recorder::observing`]).
+pub fn observed_name(layer: usize, what: &str) -> String {
+    format!("observed.{layer}.{what}")
+}
+
 /// What happens to the states of a pack's segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum States {
@@ -75,6 +81,7 @@ pub struct Recorder<'a> {
     segments: TensorId,
     states: States,
     dropout: Option<Dropout>,
+    observed: bool,
 }
 
 struct Dropout {
@@ -85,14 +92,14 @@ struct Dropout {
 
 impl<'a> Recorder<'a> {
     /// Starts a graph. `form` says how the parameters lie in memory.
-    pub fn new(config: &'a ModelConfig, form: Form, tokens: usize, segments: usize, states: States) -> Recorder<'a> {
+    pub fn new(config: &'a ModelConfig, form: &Form, tokens: usize, segments: usize, states: States) -> Recorder<'a> {
         let mut graph = Graph::new();
         let offsets = graph.external(SEGMENTS, DType::I32, 1, segments + 1);
         let specs = config.parameters().into_iter().map(|p| (p.name.clone(), p)).collect();
         Recorder {
             graph,
             config,
-            form,
+            form: form.clone(),
             specs,
             params: BTreeMap::new(),
             tokens,
@@ -100,7 +107,22 @@ impl<'a> Recorder<'a> {
             segments: offsets,
             states,
             dropout: None,
+            observed: false,
         }
+    }
+
+    /// Makes what goes into and comes out of each layer's recurrence an output of the graph, named by
+    /// [`observed_name`]: `x`, `dt` (before bias and softplus), `B`, `C`, `y`, and `z` where the recurrence gates y.
+    pub fn observing(mut self) -> Self {
+        self.observed = true;
+        self
+    }
+
+    fn observe(&mut self, layer: usize, tensors: &[(&str, TensorId)]) -> Result<(), Error> {
+        for &(what, t) in tensors.iter().filter(|_| self.observed) {
+            self.graph.output(observed_name(layer, what), t)?;
+        }
+        Ok(())
     }
 
     /// Applies dropout with this probability to what each mixer and MLP adds to the residual stream.
@@ -139,9 +161,9 @@ impl<'a> Recorder<'a> {
     /// A = −exp(A_log): computed in the graph for training, once at loading for inference.
     fn transition(&mut self, layer: &str) -> Result<TensorId, Error> {
         let a_log = self.param(&format!("{layer}.mixer.A_log"));
-        match self.form {
+        match &self.form {
             Form::Training(_) => hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log),
-            Form::Inference(..) => Ok(a_log),
+            Form::Inference(..) | Form::Stored(..) => Ok(a_log),
         }
     }
 
@@ -212,6 +234,7 @@ impl<'a> Recorder<'a> {
             x = match &layer.mixer {
                 Mixer::Mamba1(m) => self.mamba1(i, &name, m, &widths, normed)?,
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
+                Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);

@@ -118,6 +118,15 @@ impl TokenStore {
         self.starts[document + 1] - self.starts[document]
     }
 
+    /// The tokens of one document, boundary tokens included.
+    pub fn document(&self, document: usize) -> Vec<u32> {
+        let range = self.starts[document] as usize..self.starts[document + 1] as usize;
+        match &self.tokens {
+            Tokens::U16(all) => all[range].iter().map(|&token| u32::from(token)).collect(),
+            Tokens::U32(all) => all[range].to_vec(),
+        }
+    }
+
     /// The number of entries of the vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.vocabulary

@@ -1,4 +1,4 @@
-//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16.
+//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16, or decoded from blocks.
 //!
 //! A and B are views with any strides, so x · Wᵀ, dy · W and dyᵀ · x are one function; weights that are used often
 //! are packed once ([`PackedMatrix`]). The scheme is that of BLIS (Van Zee and van de Geijn, 2015): panels of A and B
@@ -16,6 +16,7 @@
 //! |computed − exact| ≤ (k + 1) · 2⁻²⁴ · (|start| + Σ |a| |b|) to first order; twice that for `Isa::Portable`.
 //! By tiles, A and B being rounded first: (k/32 + 18) · 2⁻²⁴ in place of (k + 1) · 2⁻²⁴.
 
+mod blocks;
 mod drive;
 mod kernel;
 mod matrix;
@@ -30,6 +31,7 @@ use super::isa::Isa;
 use super::pool::Pool;
 use drive::{Right, drive, rows_of_tile};
 
+pub use blocks::{BlockMatrix, blocks_len, encode_blocks};
 pub use kernel::Weight;
 pub use matrix::{MatMut, MatRef};
 pub use packed::{Data, PackedBuffer, PackedMatrix, pack_into, packed_len};
@@ -41,6 +43,8 @@ pub enum Rhs<'a> {
     Strided(MatRef<'a>),
     /// A matrix packed for the level of instructions in use.
     Packed(PackedMatrix<'a>),
+    /// Rows of Bᵀ in blocks of few bits a number.
+    Blocks(BlockMatrix<'a>),
     /// As `Strided`, but A and B are rounded to bf16 as they are packed, and the product is that of [`Isa::Amx`] for bf16
     /// weights, at every level.
     Rounded(MatRef<'a>),
@@ -51,6 +55,7 @@ impl Rhs<'_> {
         match self {
             Rhs::Strided(b) | Rhs::Rounded(b) => (b.rows(), b.cols()),
             Rhs::Packed(b) => (b.k(), b.n()),
+            Rhs::Blocks(b) => (b.k(), b.n()),
         }
     }
 }
@@ -116,6 +121,7 @@ fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: Ma
     let rows = rows_of_tile(isa);
     match b {
         Rhs::Strided(b) => drive::<f32>(pool, isa, c, start, a, Right::Strided(b), rows),
+        Rhs::Blocks(b) => drive::<f32>(pool, isa, c, start, a, Right::Blocks(b), rows),
         Rhs::Rounded(b) => tiles::drive(pool, isa, c, start, a, tiles::Right::Strided(b)),
         Rhs::Packed(b) => match b.data() {
             // Tiles are the same for all levels.

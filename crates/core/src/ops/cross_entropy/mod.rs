@@ -85,11 +85,11 @@ pub fn cross_entropy_in_blocks(g: &mut Graph, inputs: CrossEntropy, block: usize
     let (dtype, layout) = (g.dtype(weight), g.tensor(weight).layout);
     let fits = match (dtype, layout) {
         (dtype, Layout::Rows) => dtype == h_dtype,
-        (DType::F32 | DType::BF16, Layout::Panels) => !with_gradient,
-        _ => false,
+        (DType::I32, Layout::Panels) => false,
+        (_, Layout::Panels) => !with_gradient,
     };
     if !fits {
-        let or = if with_gradient { " to have a gradient" } else { ", or f32 or bf16 in panels" };
+        let or = if with_gradient { " to have a gradient" } else { ", or f32, bf16 or blocks in panels" };
         let message = format!("the weight must be {h_dtype} by rows{or}, but is {dtype} {layout:?}");
         return Err(Error::Unsupported { op: OP, message });
     }
@@ -144,7 +144,7 @@ impl Op for Fused {
         ])
     }
 
-    fn bf16_weight(&self) -> Option<usize> {
+    fn narrow_weight(&self) -> Option<usize> {
         Some(1)
     }
 

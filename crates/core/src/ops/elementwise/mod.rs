@@ -151,6 +151,7 @@ impl Op for Fill {
                         DType::F32 => out.row_mut::<f32>(r).fill(self.value),
                         DType::BF16 => out.row_mut::<bf16>(r).fill(bf16::from_f32(self.value)),
                         DType::I32 => out.row_mut::<i32>(r).fill(self.value as i32),
+                        blocks => unreachable!("activations are never in {blocks}"),
                     }
                 }
             }

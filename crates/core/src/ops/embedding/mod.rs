@@ -1,6 +1,6 @@
 //! Embedding: row `ids[t]` of a table of weights for every token t.
 //!
-//! ids [1, T] i32, weight [V, d] f32 or bf16, y [T, d] f32. The weight may be packed ([`Layout::Panels`]), as it is
+//! ids [1, T] i32, weight [V, d] f32, bf16 or (on a CPU) in blocks, y [T, d] f32. The weight may be packed ([`Layout::Panels`]), as it is
 //! where the output projection uses the same matrix. An id outside 0..V gives a row of NaN, so that it is seen; callers
 //! check what a user can cause.
 //!
@@ -29,7 +29,7 @@ const ELEMENTS_PER_TASK: usize = 16 * 1024;
 /// Rows `ids` [1, T] of `weight` [V, d], as [T, d] f32.
 ///
 /// # Errors
-/// The ids are not i32 in one row, or the weight is neither f32 nor bf16.
+/// The ids are not i32 in one row, or the weight holds whole numbers.
 pub fn embedding(g: &mut Graph, ids: TensorId, weight: TensorId) -> Result<TensorId, Error> {
     g.expect_dtype("embedding", "the ids", ids, DType::I32)?;
     g.expect_shape("embedding", "the ids", ids, Some(1), None)?;
@@ -64,7 +64,7 @@ impl Op for Embedding {
         cuda::gather(launcher, io.input(1), io.input(0), io.output(0))
     }
 
-    fn bf16_weight(&self) -> Option<usize> {
+    fn narrow_weight(&self) -> Option<usize> {
         Some(1)
     }
 
@@ -94,15 +94,19 @@ unsafe fn read_row(cpu: &Cpu, weight: Mat, id: usize, out: &mut [f32]) {
     // SAFETY: as the caller promises.
     unsafe {
         match (weight.layout, weight.dtype) {
+            (Layout::Rows, DType::Q8_0 | DType::Q4_K | DType::Q6_K) => {
+                let kind = weight.dtype.blocks().expect("a type of blocks");
+                kind.decode(weight.row_of_blocks(id), out);
+            }
             (Layout::Rows, DType::BF16) => {
                 out.iter_mut().zip(weight.row::<bf16>(id)).for_each(|(o, w)| *o = w.to_f32());
             }
             (Layout::Rows, _) => out.copy_from_slice(weight.row(id)),
-            (Layout::Panels, _) => {
-                if let Rhs::Packed(packed) = transposed(weight, cpu) {
-                    packed.column(id, out);
-                }
-            }
+            (Layout::Panels, _) => match transposed(weight, cpu) {
+                Rhs::Packed(packed) => packed.column(id, out),
+                Rhs::Blocks(blocks) => blocks.column(id, out),
+                Rhs::Strided(_) | Rhs::Rounded(_) => unreachable!("weights in panels are packed"),
+            },
         }
     }
 }

@@ -139,10 +139,10 @@ pub fn selective_scan(g: &mut Graph, scan: SelectiveScan) -> Result<Scanned, Err
     Ok(Scanned { y, final_state })
 }
 
-/// Steps between two states kept for the gradient: 64 or, where a channel has more states, as many as keep them
+/// Steps between two states kept for the gradient: 32 or, where a channel has more states, as many as keep them
 /// below T·D values.
 pub const fn chunk_len(d_state: usize) -> usize {
-    d_state.div_ceil(64) * 64
+    d_state.div_ceil(32) * 32
 }
 
 /// The row of the kept states that belongs to chunk `chunk` of a segment. Chunks start at the segment's first row, so

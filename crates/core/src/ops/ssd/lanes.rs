@@ -24,7 +24,7 @@ pub(crate) unsafe fn store<S: Simd>(s: S, to: *mut f32, v: S::V, n: usize) {
 }
 
 /// to[c, r] = from[r, c] for a matrix of `rows` × `cols`.
-pub(super) struct Transpose {
+pub(crate) struct Transpose {
     pub from: *const f32,
     pub from_row: usize,
     pub rows: usize,

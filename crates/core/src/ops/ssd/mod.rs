@@ -28,12 +28,12 @@ mod cpu;
 mod cpu_grad;
 mod cuda;
 pub(crate) mod lanes;
-mod product;
+pub(crate) mod product;
 pub mod reference;
 mod steps;
 #[cfg(test)]
 mod tests;
-mod workspace;
+pub(crate) mod workspace;
 
 use crate::cpu::Cpu;
 use crate::cuda::{Launcher, Properties};

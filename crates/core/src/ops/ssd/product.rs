@@ -13,11 +13,11 @@ use crate::cpu::simd::Simd;
 
 /// The most rows of a tile. Rows of A are read as far as a tile's, and B's rows up to a whole vector: operands need that
 /// much room behind them (see [`super::workspace::Bump::take`]).
-pub(super) const TILE_ROWS: usize = 8;
+pub(crate) const TILE_ROWS: usize = 8;
 
 /// What a sum starts from.
 #[derive(Clone, Copy)]
-pub(super) enum Init {
+pub(crate) enum Init {
     Zero,
     /// `by` times the element of a matrix (which may be the output itself).
     Scaled {
@@ -35,7 +35,7 @@ pub(super) enum Init {
 
 /// Which part of the product is not known to be zero or of no interest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Band {
+pub(crate) enum Band {
     Full,
     /// A is lower triangular: k ≤ i. Elements above the diagonal are zero for k < i + [`TILE_ROWS`].
     LowerA,
@@ -50,7 +50,7 @@ pub(super) enum Band {
 /// out[i, j] = init + Σ_k A[i, k] · B[k, j] for i < m, j < n.
 ///
 /// `a_row` and `a_col` are the steps between rows and columns of A, so A may be stored transposed.
-pub(super) struct Product {
+pub(crate) struct Product {
     pub m: usize,
     pub n: usize,
     pub k: usize,

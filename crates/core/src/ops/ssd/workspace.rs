@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const ROOM: usize = 16;
 
 /// Hands out arrays one after another from a piece of memory, or, starting from null, counts what they need.
-pub(super) struct Bump {
+pub(crate) struct Bump {
     base: *mut u8,
     used: usize,
 }
@@ -35,7 +35,7 @@ impl Bump {
 }
 
 /// Pieces of scratch memory, one for each thread that may run a task. Which piece a task gets is left to chance.
-pub(super) struct Slots {
+pub(crate) struct Slots {
     base: *mut u8,
     bytes: usize,
     taken: Vec<AtomicBool>,

@@ -2,6 +2,7 @@
 //
 // Reading the weights bounds it: every weight is read once, and nothing else may be waited for
 // meanwhile. A block multiplies ROWS rows of the weight with TOKENS tokens; its warps share the columns, in steps of 32.
+// With many tokens what bounds it is what a block reads from the L2 cache, weights and tokens alike: see `Shape`.
 // Rows of the weight are the rows of the tensor cores' first operand, tokens the columns of the second. A thread takes
 // the same 8 consecutive columns of a weight row and of a token: which column is which k of a product does not matter
 // as long as both operands agree, so 16-byte pieces go from memory to the operands without being exchanged. A thread
@@ -13,20 +14,20 @@
 // With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
 // columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
 //
-// Macros: TO type of the result; K columns; WARPS; NT token tiles of 8, 1 or 2; STAGES of the ring; SCALE 0 or
-// 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
+// Macros: TO type of the result; K columns; WARPS; MT tiles of 16 rows and NT tiles of 8 tokens of a block; STAGES of
+// the ring; SCALE 0 or 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
 
 #define THREADS (WARPS * WARP)
-#define ROWS 16
+#define ROWS (16 * MT)
 #define TOKENS (8 * NT)
 // Steps over the columns, and those of a warp.
 #define STEPS ((K + 31) / 32)
 #define MINE ((STEPS + WARPS - 1) / WARPS)
 // Steps whose tokens are under way together.
-#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : 4)
+#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : NT == 2 ? 4 : NT == 4 ? 3 : 2)
 // Chains of sums: a single one would be as long as all its products take one after another.
 #define CHAINS (NT == 1 ? 2 : 1)
-// Results a thread, and tokens a warp.
+// Results a thread, all of one row since rows divide the threads, and tokens a warp.
 #define EACH ((ROWS * TOKENS + THREADS - 1) / THREADS)
 #define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
@@ -41,62 +42,76 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
                 int tokens, int rows) {
     DYNAMIC_SHARED(bytes);
-    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2][THREADS]
+    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2 * MT][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
 #if SCALE
     __shared__ float scale[TOKENS];
 #endif
     let_next_start();
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int row0 = blockIdx.x * ROWS;
+    int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * TOKENS;
+    tokens -= token0;
     int column = warp * 32 + lane % 4 * 8;
     auto there = [&](int i) { return i < MINE && (STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS); };
     // Behind the last column tokens are taken as zero, so the weight may be any.
     auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
-    const bf16* from[2];
+    const bf16* from[2 * MT];
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
+    for (int m = 0; m < 2 * MT; m++) {
         int row = row0 + 8 * m + lane / 4;
         from[m] = weight.row(row < rows ? row : rows - 1) + column;
     }
     auto fetch = [&](int i) {
         if (!there(i)) return;
-        u32x4* to = ring + i % STAGES * 2 * THREADS + threadIdx.x;
+        u32x4* to = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
         int offset = behind(i) ? -column : i * WARPS * 32;
 #pragma unroll
-        for (int m = 0; m < 2; m++) copy_async16(to + m * THREADS, from[m] + offset);
+        for (int m = 0; m < 2 * MT; m++) copy_async16(to + m * THREADS, from[m] + offset);
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
         fetch(i);
         copy_async_commit();
     }
-    // What the results meet, as far as nothing in this step writes it.
-    float shift[EACH], window[EACH][W], taps[EACH][W];
-    auto load_constants = [&](int e) {
-        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
-        if (at >= ROWS * TOKENS || row >= rows || token >= tokens) return;
-        shift[e] = bias.present() ? bias.data[row] : 0.0f;
-#if EPILOGUE == 1
-        int c = row - first;
-        if (c < 0 || c >= channels) return;
-        if (conv_bias.present()) shift[e] = conv_bias.data[c];
-        const float* old = state.row(slots != nullptr ? slots[token] : token) + c;
+    // What the results meet, as far as nothing in this step writes it. The windows of many results would take the
+    // registers of the products.
+    constexpr bool early = EACH <= 2;
+    int row = row0 + threadIdx.x % ROWS, token1 = threadIdx.x / ROWS;
+    auto inside = [&](int e) {
+        int token = token1 + e * (THREADS / ROWS);
+        return row < rows && token < TOKENS && token < tokens;
+    };
+    float shift = 0.0f, taps[W], window[EACH][W];
+    bool convolved = EPILOGUE == 1 && row >= first && row < first + channels;
+    auto state_row = [&](int e) {
+        int token = token0 + token1 + e * (THREADS / ROWS);
+        return state.row(slots != nullptr ? slots[token] : token) + (row - first);
+    };
+    auto load_window = [&](int e) {
+        if (!convolved || !inside(e)) return;
+        const float* old = state_row(e);
 #pragma unroll
         for (int i = 0; i < W - 1; i++) window[e][i] = old[static_cast<i64>(i) * channels];
-        load<W>(taps[e], conv_weight.data + static_cast<i64>(c) * W);
+    };
+    if (row < rows) {
+        if (bias.present()) shift = bias.data[row];
+#if EPILOGUE == 1
+        if (convolved) load<W>(taps, conv_weight.data + static_cast<i64>(row - first) * W);
 #endif
 #if EPILOGUE == 2
-        taps[e][0] = next_weight.data[row];
+        taps[0] = next_weight.data[row];
 #endif
-    };
+    }
+    float conv_shift = convolved && conv_bias.present() ? conv_bias.data[row - first] : 0.0f;
+    if (early) {
 #pragma unroll
-    for (int e = 0; e < EACH; e++) load_constants(e);
+        for (int e = 0; e < EACH; e++) load_window(e);
+    }
     int offsets[NT];
 #pragma unroll
     for (int j = 0; j < NT; j++) {
         int token = 8 * j + lane / 4;
-        offsets[j] = (token < tokens ? token : tokens - 1) * static_cast<int>(x.stride) + column;
+        offsets[j] = (token0 + (token < tokens ? token : tokens - 1)) * static_cast<int>(x.stride) + column;
     }
     wait_for_previous();
 
@@ -113,10 +128,12 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     for (int i = 0; i < AHEAD; i++) load_tokens(i);
 #if EPILOGUE == 2
     float before[EACH];
+    auto load_before = [&](int e) {
+        if (inside(e)) before[e] = residual.row(token0 + token1 + e * (THREADS / ROWS))[row];
+    };
+    if (early) {
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
-        if (at < ROWS * TOKENS && row < rows && token < tokens) before[e] = residual.row(token)[row];
+        for (int e = 0; e < EACH; e++) load_before(e);
     }
 #endif
 #if SCALE
@@ -126,24 +143,27 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     for (int j = 0; j < EACH_SCALE; j++) {
         int token = warp + j * WARPS;
         if (token < TOKENS && token < tokens)
-            for (int p = lane; p < parts; p += WARP) square[j] += squares.row(token)[p];
+            for (int p = lane; p < parts; p += WARP) square[j] += squares.row(token0 + token)[p];
     }
 #endif
-    float d[CHAINS][NT][4] = {};
+    float d[CHAINS][MT][NT][4] = {};
     constexpr int unroll = MINE <= 8 ? MINE : AHEAD;
 #pragma unroll unroll
     for (int i = 0; i < MINE; i++) {
         if (!there(i)) break;
         copy_async_wait<STAGES - 1>();
-        u32x4* at = ring + i % STAGES * 2 * THREADS + threadIdx.x;
-        u32x4 upper = at[0], lower = at[THREADS];
-        u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
+        u32x4* at = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-            u32x4 v = b[i % AHEAD][j];
-            u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
-            mma_bf16(d[0][j], a0, b0);
-            mma_bf16(d[CHAINS - 1][j], a1, b1);
+        for (int m = 0; m < MT; m++) {
+            u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
+            u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                u32x4 v = b[i % AHEAD][j];
+                u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+                mma_bf16(d[0][m][j], a0, b0);
+                mma_bf16(d[CHAINS - 1][m][j], a1, b1);
+            }
         }
         if (i + STAGES < MINE) fetch(i + STAGES);
         copy_async_commit();
@@ -155,12 +175,24 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     for (int j = 0; j < NT; j++) {
         int token = 8 * j + lane % 4 * 2;
         if (token >= tokens) break;
-        float* to = sums + (warp * TOKENS + token) * PITCH + lane / 4;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float v = d[0][j][i];
-            if (CHAINS > 1) v += d[CHAINS - 1][j][i];
-            to[i % 2 * PITCH + i / 2 * 8] = v;
+        for (int m = 0; m < MT; m++) {
+            float* to = sums + (warp * TOKENS + token) * PITCH + 16 * m + lane / 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float v = d[0][m][j][i];
+                if (CHAINS > 1) v += d[CHAINS - 1][m][j][i];
+                to[i % 2 * PITCH + i / 2 * 8] = v;
+            }
+        }
+    }
+    if (!early) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            load_window(e);
+#if EPILOGUE == 2
+            load_before(e);
+#endif
         }
     }
 #if SCALE
@@ -175,52 +207,46 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<bf16> weight, Mat
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
-        int at = threadIdx.x + e * THREADS, row = row0 + at % ROWS, token = at / ROWS;
-        if (at >= ROWS * TOKENS) break;  // whole warps
-        bool inside = row < rows && token < tokens;
+        int token = token1 + e * (THREADS / ROWS);
+        if (token >= TOKENS) break;  // whole warps
         float v = 0.0f;
-        if (inside) {
+        if (inside(e)) {
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + at / ROWS) * PITCH + at % ROWS];
+            for (int w = 0; w < WARPS; w++) v += sums[(w * TOKENS + token) * PITCH + row - row0];
 #if SCALE
-            v *= scale[at / ROWS];
+            v *= scale[token];
 #endif
+            v += shift;
 #if EPILOGUE == 1
-            int c = row - first;
-            if (c >= 0 && c < channels) {
-                if (bias.present()) v += bias.data[row];
+            if (convolved) {
                 // The window holds what a prompt would have stored: numbers of the activations' type.
                 TO rounded;
                 set(rounded, v);
                 window[e][W - 1] = to_f32(rounded);
-                v = conv_bias.present() ? shift[e] : 0.0f;
+                v = conv_shift;
 #pragma unroll
-                for (int i = 0; i < W; i++) v += taps[e][i] * window[e][i];
+                for (int i = 0; i < W; i++) v += taps[i] * window[e][i];
                 v = silu(v);
-                float* next = state.row(slots != nullptr ? slots[token] : token) + c;
+                float* next = state_row(e);
 #pragma unroll
                 for (int i = 0; i < W - 1; i++) next[static_cast<i64>(i) * channels] = window[e][i + 1];
-            } else {
-                v += shift[e];
             }
-#else
-            v += shift[e];
 #endif
         }
 #if EPILOGUE == 2
         float s = 0.0f;
-        if (inside) {
+        if (inside(e)) {
             s = before[e] + v;
             // Behind the last layer nobody reads the stream itself.
-            if (stream.present()) stream.row(token)[row] = s;
-            v = s * taps[e][0];
+            if (stream.present()) stream.row(token0 + token)[row] = s;
+            v = s * taps[0];
         }
         // The lanes of a token's rows are neighbours.
         float square = s * s;
 #pragma unroll
         for (int o = ROWS / 2; o > 0; o /= 2) square += __shfl_xor_sync(0xffffffffu, square, o);
-        if (at % ROWS == 0 && token < tokens && squares_out.present()) squares_out.row(token)[blockIdx.x] = square;
+        if (row == row0 && token < tokens && squares_out.present()) squares_out.row(token0 + token)[blockIdx.x] = square;
 #endif
-        if (inside) set(out.row(token)[row], v);
+        if (inside(e)) set(out.row(token0 + token)[row], v);
     }
 }

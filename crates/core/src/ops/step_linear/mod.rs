@@ -25,12 +25,12 @@ const NAME: &str = "step_linear";
 
 static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu") };
 
-/// Tokens up to which this is used: beyond, the library's products, which read tokens once a block of many rows, are
-/// faster.
-pub const MOST_TOKENS: usize = 16;
+/// Tokens up to which this is used: beyond, products are no longer bound by reading, and the library's are faster.
+pub const MOST_TOKENS: usize = 64;
 
-/// Rows of the weight of a block.
-const ROWS: usize = 16;
+/// Blocks that run at once: one on each multiprocessor of an H100. It only decides how products are cut, which changes
+/// no bit.
+const AT_ONCE: usize = 132;
 /// Bytes of the ring of copies of a block, at most.
 const RING: usize = 64 << 10;
 
@@ -173,7 +173,7 @@ fn record(g: &mut Graph, p: StepLinear, conv: Option<Conv>, residual: Option<Res
         g.expect_f32(NAME, "the weight of the norm", r.norm_weight, Some(1), Some(n))?;
         inputs.extend([Some(r.residual), Some(r.norm_weight)]);
         made.stream = g.new_tensor(DType::F32, tokens, n);
-        made.squares = g.new_tensor(DType::F32, tokens, n.div_ceil(ROWS));
+        made.squares = g.new_tensor(DType::F32, tokens, Shape::new(tokens, n, k).row_blocks);
         outputs[2] = Some(made.stream);
         outputs[3] = Some(made.squares);
     }
@@ -226,12 +226,13 @@ impl Op for Product {
             .define_type("TO", out.dtype)
             .define("K", weight.cols)
             .define("WARPS", shape.warps)
+            .define("MT", shape.row_tiles)
             .define("NT", shape.token_tiles)
             .define("STAGES", shape.stages)
             .define("SCALE", i32::from(self.scale.is_some()))
             .define("EPILOGUE", epilogue)
             .define("W", taps)
-            .grid(shape.blocks, 1, 1)
+            .grid(shape.row_blocks, shape.token_blocks, 1)
             .threads(32 * shape.warps as u32)
             .shared(shape.shared())
             .overlapping()
@@ -250,22 +251,37 @@ impl Op for Product {
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     warps: usize,
+    /// Tiles of 16 rows of the weight, and of 8 tokens, of a block.
+    row_tiles: usize,
     token_tiles: usize,
     stages: usize,
-    blocks: usize,
+    row_blocks: usize,
+    token_blocks: usize,
 }
 
 impl Shape {
+    /// Up to 16 tokens a block has all of them and one tile of rows: the weights alone count. With more, what counts is
+    /// what one multiprocessor reads: the rows and the tokens of each of its blocks.
     fn new(tokens: usize, n: usize, k: usize) -> Shape {
         let steps = k.div_ceil(32);
         let warps = if steps >= 16 { 8 } else { 4 };
-        let stages = steps.div_ceil(warps).clamp(1, RING / (1024 * warps));
-        Shape { warps, token_tiles: tokens.div_ceil(8), stages, blocks: n.div_ceil(ROWS) }
+        let shape = |row_tiles: usize, token_tiles: usize| {
+            let stages = steps.div_ceil(warps).clamp(1, RING / (1024 * row_tiles * warps));
+            let (row_blocks, token_blocks) = (n.div_ceil(16 * row_tiles), tokens.div_ceil(8 * token_tiles));
+            Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks }
+        };
+        if tokens <= 16 {
+            return shape(1, tokens.div_ceil(8));
+        }
+        let read =
+            |s: &Shape| (s.row_blocks * s.token_blocks).div_ceil(AT_ONCE) * (16 * s.row_tiles + 8 * s.token_tiles);
+        let shapes = [1, 2].into_iter().flat_map(|rows| [1, 2, 4, 8].map(|tokens| shape(rows, tokens)));
+        shapes.min_by_key(read).expect("eight shapes")
     }
 
     fn shared(&self) -> usize {
-        let ring = self.stages * 1024 * self.warps;
-        let sums = self.warps * 8 * self.token_tiles * (ROWS + 4) * 4;
+        let ring = self.stages * 1024 * self.row_tiles * self.warps;
+        let sums = self.warps * 8 * self.token_tiles * (16 * self.row_tiles + 4) * 4;
         ring.max(sums)
     }
 }

@@ -9,8 +9,20 @@ const BF16_BOUND: f64 = 4e-3;
 const CONV_BOUND: f64 = 8e-3;
 
 /// Tokens, columns and rows of the weight: fewer than a tile, exact tiles, rests.
-const SHAPES: [(usize, usize, usize); 8] =
-    [(1, 8, 1), (1, 768, 40), (3, 72, 33), (8, 1536, 80), (9, 40, 20), (12, 264, 50), (15, 2568, 70), (16, 5120, 200)];
+const SHAPES: [(usize, usize, usize); 12] = [
+    (1, 8, 1),
+    (1, 768, 40),
+    (3, 72, 33),
+    (8, 1536, 80),
+    (9, 40, 20),
+    (12, 264, 50),
+    (15, 2568, 70),
+    (16, 5120, 200),
+    (17, 72, 33),
+    (33, 136, 2300),
+    (40, 520, 80),
+    (64, 768, 3080),
+];
 
 fn product(x: &Value, w: &Value) -> Value {
     let dot = |t: usize, n: usize| (0..w.cols).map(|k| x.at(t, k) * w.at(n, k)).sum::<f64>();
