@@ -1,6 +1,6 @@
 //! Devices and their memory: the CPU or an NVIDIA GPU. A device is a value, so nothing above needs to be generic.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -11,7 +11,7 @@ use std::time::Instant;
 use half::bf16;
 
 use crate::cpu::ceiling::Ceiling;
-use crate::cpu::{Cpu, gemm};
+use crate::cpu::{Cpu, gemm, memory};
 use crate::cuda::{Cuda, Launcher};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, human_bytes};
@@ -67,7 +67,12 @@ impl Drop for Buffer {
 }
 
 fn layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, BUFFER_ALIGNMENT).expect("sizes were checked when the buffer was made")
+    Layout::from_size_align(bytes, alignment(bytes)).expect("sizes were checked when the buffer was made")
+}
+
+/// Large buffers start on a large page.
+fn alignment(bytes: usize) -> usize {
+    if bytes >= 2 * memory::LARGE_PAGE { memory::LARGE_PAGE } else { BUFFER_ALIGNMENT }
 }
 
 impl Buffer {
@@ -77,9 +82,13 @@ impl Buffer {
         } else {
             let refused =
                 || Error::Memory { needed: human_bytes(bytes as u64), available: human_bytes(available_memory()) };
-            let layout = Layout::from_size_align(bytes, BUFFER_ALIGNMENT).map_err(|_| refused())?;
-            // SAFETY: the layout has a size above zero.
-            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?
+            let layout = Layout::from_size_align(bytes, alignment(bytes)).map_err(|_| refused())?;
+            // SAFETY: the layout has a size above zero; what is written lies inside of the memory.
+            let ptr = NonNull::new(unsafe { alloc(layout) }).ok_or_else(refused)?;
+            memory::prefer_large_pages(ptr.as_ptr(), bytes);
+            // SAFETY: as above.
+            unsafe { ptr.write_bytes(0, bytes) };
+            ptr
         };
         Ok(Buffer { ptr, bytes, cuda: None, mapped: false, not_sync: PhantomData })
     }

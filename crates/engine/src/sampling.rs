@@ -167,10 +167,17 @@ impl Sampler {
 
 /// The first index of the largest value.
 pub fn argmax(values: &[f32]) -> u32 {
+    // Whether a piece has a larger one is a question for vector instructions; few pieces are looked at value by value.
+    const PIECE: usize = 64;
     let mut best = 0;
-    for (i, v) in values.iter().enumerate() {
-        if *v > values[best] {
-            best = i;
+    for (piece, part) in values.chunks(PIECE).enumerate() {
+        let largest = values[best];
+        if part.iter().fold(false, |any, v| any | (*v > largest)) {
+            for (i, v) in part.iter().enumerate() {
+                if *v > values[best] {
+                    best = piece * PIECE + i;
+                }
+            }
         }
     }
     best as u32

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use super::{Cpu, Kernel, Simd};
+use super::{Cpu, Kernel, Simd, memory};
 
 /// Seconds that one measurement takes, about.
 const BUDGET: f64 = 0.12;
@@ -39,7 +39,12 @@ pub fn flops(cpu: &Cpu) -> f64 {
 
 /// Bytes a second that a plain loop reads from memory, on all threads.
 pub fn bandwidth(cpu: &Cpu) -> f64 {
-    read_rate(cpu, &vec![1f32; (READ_BYTES * cpu.pool.threads()).min(MOST_BYTES) / 4])
+    let len = (READ_BYTES * cpu.pool.threads()).min(MOST_BYTES) / 4;
+    let mut numbers = Vec::<f32>::with_capacity(len);
+    // As the memory of buffers.
+    memory::prefer_large_pages(numbers.as_mut_ptr().cast(), 4 * len);
+    numbers.resize(len, 1.0);
+    read_rate(cpu, &numbers)
 }
 
 /// Bytes a second that a plain loop reads from these numbers, which may lie in a cache, on all threads.

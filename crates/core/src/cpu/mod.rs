@@ -5,6 +5,7 @@
 //! - [`isa`]: which vector instructions the machine has, and how a kernel written once runs at each level;
 //! - [`simd`]: the vector trait that kernels are generic over;
 //! - [`math`]: exp, ln, sigmoid, softplus and their kin over vectors, with stated error bounds;
+//! - `memory`: large pages;
 //! - [`pool`]: threads for regions of a few microseconds;
 //! - [`gemm`]: the matrix product, blocked, packed and threaded.
 //!
@@ -17,6 +18,7 @@ pub mod ceiling;
 pub mod gemm;
 pub mod isa;
 pub mod math;
+pub(crate) mod memory;
 pub mod pool;
 pub mod simd;
 

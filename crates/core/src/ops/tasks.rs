@@ -182,17 +182,23 @@ pub(crate) fn prefetch_rows(m: Option<Mat>, rows: Range<usize>, col: usize, widt
     let mut row = m.ptr::<f32>().wrapping_add(rows.start * m.stride + col);
     for _ in rows {
         for line in (0..width).step_by(ALIGNMENT / size_of::<f32>()) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the instruction is part of every x86-64 and faults at no address.
-            unsafe {
-                use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(line).cast_const().cast());
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            let _ = line;
+            prefetch(row.wrapping_add(line));
         }
         row = row.wrapping_add(m.stride);
     }
+}
+
+/// Asks for the cache line at any address, into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of every x86-64 and faults at no address.
+    unsafe {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// Copies rows `first .. first + lanes` of `m`, which hold one value per column each, to `to` with the rows as lanes:

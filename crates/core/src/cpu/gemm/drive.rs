@@ -33,6 +33,9 @@ pub(super) const TASKS_PER_THREAD: usize = 4;
 const SLAB_STEPS: usize = 256;
 /// What packing an element costs, in multiply-adds.
 const PACK_COST: usize = 8;
+/// What a byte of packed panels costs that few rows use, in multiply-adds: it comes from memory, and one thread alone
+/// does not reach the memory's rate.
+const READ_COST: usize = 5;
 /// What decoding and packing an element of a block costs, in multiply-adds.
 const DECODE_COST: usize = 24;
 /// Elements a packing task moves, about.
@@ -105,17 +108,19 @@ pub(super) fn drive<W: Weight>(
     tile_rows: usize,
 ) {
     let (m, n, k) = (a.rows(), c.cols(), a.cols());
-    let packing = match b {
-        Right::Packed(_) => 0,
+    let read_cost = if m <= tile_rows { READ_COST * size_of::<W>() } else { 0 };
+    let cost = match b {
+        Right::Packed(_) => read_cost,
         Right::Strided(_) => PACK_COST,
         Right::Blocks(_) => DECODE_COST,
     };
-    let work = (m + packing).saturating_mul(n).saturating_mul(k);
+    let work = (m + cost).saturating_mul(n).saturating_mul(k);
     let pool = pool.filter(|pool| pool.threads() > 1 && work >= SERIAL_WORK);
     let threads = pool.map_or(1, Pool::threads);
     let width = panel_columns(isa.lanes());
     let c_stride = c.row_stride();
-    let product = Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, start, a, n, tile_rows, width };
+    let product =
+        Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, start, a, n, tile_rows, width, read_cost };
     match b {
         Right::Strided(b) if m <= tile_rows || (m <= TASK_ROWS && (pool.is_none() || n >= 2 * threads * width)) => {
             product.by_panels(Source::Strided(b));
@@ -145,6 +150,8 @@ struct Product<'a> {
     tile_rows: usize,
     /// Columns of a panel.
     width: usize,
+    /// What reading an element of B costs beside multiplying, in multiply-adds.
+    read_cost: usize,
 }
 
 impl Product<'_> {
@@ -263,7 +270,7 @@ impl Product<'_> {
         let (k, width, steps) = (self.a.cols(), self.width, place.steps.len());
         let a = self.a.row_range(place.rows.clone()).col_range(place.steps.clone());
         let panels = place.columns.len().div_ceil(width);
-        let grid = Grid::new(a.rows(), panels, steps, width, self.tile_rows, self.threads);
+        let grid = Grid::new(a.rows(), panels, steps * width, self.read_cost, self.tile_rows, self.threads);
         region(self.pool, grid.tasks(), |task| {
             let (rows, panels) = grid.place(task);
             let first = panels.start * width;
@@ -350,10 +357,11 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(rows: usize, panels: usize, steps: usize, width: usize, tile_rows: usize, threads: usize) -> Grid {
+    /// Tasks for `rows` and `panels` of `panel` elements each.
+    fn new(rows: usize, panels: usize, panel: usize, read_cost: usize, tile_rows: usize, threads: usize) -> Grid {
         let mut grid = Grid { rows, panels, task_rows: even(rows, TASK_ROWS, tile_rows), task_panels: panels };
         let wanted = if threads > 1 { threads * TASKS_PER_THREAD } else { 1 };
-        let work = |grid: &Grid| grid.task_rows.min(rows) * grid.task_panels * width * steps.max(1);
+        let work = |grid: &Grid| (grid.task_rows.min(rows) + read_cost) * grid.task_panels * panel.max(1);
         while grid.tasks() < wanted && work(&grid) >= 2 * TASK_WORK {
             // Rows stay together as long as there are panels to cut: they share the panels' way through the caches.
             if grid.task_panels > 4 || (grid.task_rows <= tile_rows && grid.task_panels > 1) {

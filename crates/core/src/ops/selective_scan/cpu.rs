@@ -15,12 +15,16 @@ use crate::cpu::math;
 use crate::cpu::simd::{MAX_LANES, Simd, Twice};
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::{
-    ChannelBlocks, Scratch, SegmentGroups, Segments, prefetch_rows, run_with_slots, transpose_rows, vectors,
+    ChannelBlocks, Scratch, SegmentGroups, Segments, prefetch, prefetch_rows, run_with_slots, transpose_rows, vectors,
 };
 use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level: 256 bytes of a row.
 const BLOCK: usize = 64;
+/// Channels of a task where every segment has one token at most: long runs of the states' memory.
+const STEP_BLOCK: usize = 128;
+/// How far ahead states are asked for in a step, in channels.
+const AHEAD: usize = 64;
 /// Steps of a tile; divides every chunk.
 const TILE: usize = 32;
 /// States that walk through a tile together.
@@ -53,14 +57,18 @@ pub(super) fn run(forward: &Forward, io: &Io<'_>, cpu: &Cpu) {
         states: io.optional_output(1).unwrap_or_else(|| memory.take(segments.len(), forward.shape.d_state * channels)),
         chunk_states: io.optional_output(2),
     };
-    let blocks = ChannelBlocks::new(channels, forward.shape.groups, BLOCK);
+    let steps = forward.discretisation == Discretisation::Euler
+        && scan.chunk_states.is_none()
+        && (0..segments.len()).all(|s| segments.rows(s).len() <= 1);
+    let blocks = ChannelBlocks::new(channels, forward.shape.groups, if steps { STEP_BLOCK } else { BLOCK });
     let groups = SegmentGroups::new(segments.len(), blocks.count());
     run_with_slots(&cpu.pool, groups.count() * blocks.count(), |slot, task| {
         let (group, channels) = blocks.block(task % blocks.count());
         let block = Block { first: channels.start, width: channels.len(), column: group * forward.shape.d_state };
         // SAFETY: no other task uses the slot's row meanwhile.
         let scratch = unsafe { scratch.row_mut::<f32>(slot) }.as_mut_ptr();
-        cpu.isa.run(Walk { scan: &scan, block, segments: groups.segments(task / blocks.count()), scratch });
+        let walk = Walk { scan: &scan, block, segments: groups.segments(task / blocks.count()), scratch };
+        if steps { cpu.isa.run(Step(walk)) } else { cpu.isa.run(walk) }
     });
     if let Some(y) = scan.y {
         segments.clear_rest(y);
@@ -260,6 +268,42 @@ impl Kernel for Walk<'_> {
     }
 }
 
+/// A task whose segments have one token at most: as [`Walk`] with the same bits, but a vector of channels at a time, whose
+/// sum over the states stays in a register, without tiles.
+struct Step<'a>(Walk<'a>);
+
+impl Kernel for Step<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (walk, scan, block) = (&self.0, self.0.scan, self.0.block);
+        for v in 0..vectors::<S>(block.width) {
+            let (first, width) = block.vector::<S>(v);
+            // SAFETY: the builder checked the shapes; the scratch memory holds the coefficients of a vector, and this
+            // task alone has these channels of its segments.
+            unsafe {
+                Coefficients::prepare::<S, false>(s, walk.scratch, scan.inputs.a, Block { first, width, ..block });
+                let a = Coefficients::of::<S, false>(walk.scratch, 0, scan.forward.shape.d_state).scaled;
+                let mut largest = s.zero();
+                for n in 0..scan.forward.shape.d_state {
+                    largest = s.max(s.abs(s.load(a.add(n * S::LANES))), largest);
+                }
+                for segment in walk.segments.clone() {
+                    let rows = scan.segments.rows(segment);
+                    if !rows.is_empty() {
+                        walk.step(s, (segment, rows.start), (first, width), a, largest);
+                    }
+                }
+            }
+        }
+        for segment in self.0.segments.clone().filter(|&segment| scan.segments.rows(segment).is_empty()) {
+            // SAFETY: as above.
+            unsafe { walk.pass_on(s, segment) };
+        }
+    }
+}
+
 /// A vector's part of a tile: one vector per step in each array.
 #[derive(Clone, Copy)]
 struct Tile {
@@ -336,6 +380,59 @@ impl Walk<'_> {
                     let h = scan.initial.map_or(s.zero(), |m| load(s, m.at::<f32>(segment, col), lanes));
                     store(s, scan.states.at::<f32>(segment, col), h, lanes);
                 }
+            }
+        }
+    }
+
+    /// One token of a segment, for `lanes` channels from `channel` on: their coefficients of A, and the largest |A|.
+    ///
+    /// # Safety
+    /// The token is a row of all operands, and no other task uses these channels of the segment's states.
+    #[inline(always)]
+    unsafe fn step<S: Simd>(
+        &self,
+        s: S,
+        (segment, token): (usize, usize),
+        (channel, lanes): (usize, usize),
+        a: *const f32,
+        largest: S::V,
+    ) {
+        let (scan, inputs) = (self.scan, &self.scan.inputs);
+        // SAFETY: as the caller says; the builder checked the shapes.
+        unsafe {
+            let mut delta = biased_dt(s, inputs, token, channel, lanes);
+            if scan.forward.softplus {
+                delta = math::softplus(s, delta);
+            }
+            let x = load(s, inputs.x.at::<f32>(token, channel), lanes);
+            let input = s.mul(delta, x);
+            let mut y = s.mul(per_channel(s, inputs.d, channel, lanes, 0.0), x);
+            let near = s.lt(s.mul(s.abs(delta), largest), s.splat(NEAR));
+            let near = s.reduce_max(s.select(near, s.zero(), s.splat(1.0))) == 0.0;
+            let b = inputs.b.at::<f32>(token, self.block.column);
+            let c = inputs.c.at::<f32>(token, self.block.column);
+            for n in 0..scan.forward.shape.d_state {
+                let column = n * inputs.x.cols + channel;
+                let state = scan.states.at::<f32>(segment, column);
+                let h = match scan.initial {
+                    Some(initial) => {
+                        let from = initial.at::<f32>(segment, column);
+                        prefetch(from.wrapping_add(AHEAD));
+                        load(s, from, lanes)
+                    }
+                    None => s.zero(),
+                };
+                let a = s.load(a.add(n * S::LANES));
+                let decay = if near { decay_near(s, delta, a) } else { decay(s, delta, a) };
+                let h = s.fma(decay, h, s.mul(input, s.splat(*b.add(n))));
+                y = s.fma(s.splat(*c.add(n)), h, y);
+                store(s, state, h, lanes);
+            }
+            if let Some(out) = scan.y {
+                if let Some(z) = inputs.z {
+                    y = s.mul(y, math::silu(s, load(s, z.at::<f32>(token, channel), lanes)));
+                }
+                store(s, out.at::<f32>(token, channel), y, lanes);
             }
         }
     }
