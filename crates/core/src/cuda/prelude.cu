@@ -45,7 +45,8 @@ struct __align__(8) u32x2 {
 };
 
 // A number of a row of Q8_0: the numbers of a row, filled up to a multiple of 32, are followed by a scale of 16 bits for
-// each 32 of them. The stride of such a matrix is that of rows with their scales.
+// each 32 of them. Two neighbouring blocks lie in turns of eight numbers, see `q8_place`. The stride of such a matrix is
+// that of rows with their scales.
 struct q8 {
     signed char value;
 };
@@ -94,13 +95,10 @@ DEVICE float rcp(float x) {
     return r;
 }
 
-// Copies from global to shared memory that run on while the thread goes on; 4, 8 or 16 bytes, aligned to that.
+// Copies from global to shared memory that run on while the thread goes on; 4 or 16 bytes, aligned to that.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 DEVICE void copy_async4(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
-}
-DEVICE void copy_async8(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 DEVICE void copy_async16(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
@@ -248,9 +246,14 @@ DEVICE float q8_scale(const q8* row, i64 cols, i64 block) {
     const q8* scales = row + (cols + 31) / 32 * 32;
     return f16_to_f32(reinterpret_cast<const unsigned short*>(scales)[block]);
 }
+// Where number c lies: so that 16 bytes have 8 numbers of each of two blocks, if there are two.
+DEVICE i64 q8_place(i64 c, i64 cols) {
+    if (c / 64 * 64 + 32 >= cols) return c;
+    return c / 64 * 64 + c % 32 / 8 * 16 + c % 64 / 32 * 8 + c % 8;
+}
 // Eight 8-bit numbers as bf16, exactly: 2^23 + 128 + q is an f32 whose last bits are those of q with the sign turned.
-DEVICE u32x4 q8_to_bf16(u32x2 q) {
-    u32 words[2] = {q.x ^ 0x80808080u, q.y ^ 0x80808080u}, r[4];
+DEVICE u32x4 q8_to_bf16(u32 low, u32 high) {
+    u32 words[2] = {low ^ 0x80808080u, high ^ 0x80808080u}, r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u32 two = words[i / 2] >> (16 * (i % 2));
@@ -260,14 +263,14 @@ DEVICE u32x4 q8_to_bf16(u32x2 q) {
     return u32x4{r[0], r[1], r[2], r[3]};
 }
 
-// `Count` elements of a row of `cols` from column c on, a multiple of Count, which divides 32.
+// `Count` elements of a row of `cols` from column c on, a multiple of Count, which divides 8.
 template <int Count, typename E>
 DEVICE void load_at(float* to, const E* row, i64 c, i64) { load<Count>(to, row + c); }
 template <int Count>
 DEVICE void load_at(float* to, const q8* row, i64 c, i64 cols) {
     float scale = q8_scale(row, cols, c / 32);
 #pragma unroll
-    for (int i = 0; i < Count; i++) to[i] = scale * static_cast<float>(row[c + i].value);
+    for (int i = 0; i < Count; i++) to[i] = scale * static_cast<float>(row[q8_place(c, cols) + i].value);
 }
 
 // --- functions --------------------------------------------------------------------------------------------------------

@@ -121,22 +121,33 @@ pub fn encode(dtype: DType, row: &[f32], to: &mut [u8]) {
 }
 
 /// The blocks of a row of Q8_0 as row-major matrices in memory have them: the numbers of all blocks first, then their
-/// scales. So threads of a GPU that share a row read whole words.
+/// scales. Pairs of blocks lie in turns of eight numbers, so that 16 bytes have the same eight columns of both: what a
+/// thread of a GPU takes at once.
 pub fn split_q8_0(blocks: &[u8], row: &mut [u8]) {
     let (blocks, _) = blocks.as_chunks::<34>();
     let (numbers, scales) = row.split_at_mut(32 * blocks.len());
-    for ((block, numbers), scale) in blocks.iter().zip(numbers.chunks_exact_mut(32)).zip(scales.chunks_exact_mut(2)) {
+    for (block, scale) in blocks.iter().zip(scales.chunks_exact_mut(2)) {
         scale.copy_from_slice(&block[..2]);
-        numbers.copy_from_slice(&block[2..]);
+    }
+    for (pair, numbers) in blocks.chunks(2).zip(numbers.chunks_mut(64)) {
+        for (h, block) in pair.iter().enumerate() {
+            for (q, eight) in block[2..].chunks(8).enumerate() {
+                numbers[(pair.len() * q + h) * 8..][..8].copy_from_slice(eight);
+            }
+        }
     }
 }
 
 /// Decodes a row that [`split_q8_0`] made.
 pub fn decode_split_q8_0(row: &[u8], out: &mut [f32]) {
     let (numbers, scales) = row.split_at(out.len().next_multiple_of(32));
-    for ((out, numbers), scale) in out.chunks_mut(32).zip(numbers.chunks(32)).zip(scales.chunks_exact(2)) {
-        let scale = f16_at(scale, 0);
-        out.iter_mut().zip(numbers).for_each(|(out, &q)| *out = scale * f32::from(q as i8));
+    for (b, out) in out.chunks_mut(32).enumerate() {
+        let pair = &numbers[b / 2 * 64..(b / 2 * 64 + 64).min(numbers.len())];
+        let scale = f16_at(scales, 2 * b);
+        for (i, out) in out.iter_mut().enumerate() {
+            let q = pair[(pair.len() / 32 * (i / 8) + b % 2) * 8 + i % 8];
+            *out = scale * f32::from(q as i8);
+        }
     }
 }
 

@@ -400,7 +400,6 @@ EMULATED float lg2(float x) { return emulated_flush(log2f(emulated_flush(x))); }
 EMULATED float rcp(float x) { return emulated_flush(1.0f / emulated_flush(x)); }
 
 EMULATED void copy_async4(void* shared, const void* global) { emulator::copy_later(shared, global, 4, 0); }
-EMULATED void copy_async8(void* shared, const void* global) { emulator::copy_later(shared, global, 8, 0); }
 EMULATED void copy_async16(void* shared, const void* global) { emulator::copy_later(shared, global, 16, 0); }
 EMULATED void prefetch(const void*) {}
 EMULATED void copy_async_commit() { emulator::me->group++; }

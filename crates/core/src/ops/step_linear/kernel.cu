@@ -14,28 +14,30 @@
 // With few tokens the time is that of one warp going through the code once, so what can be known beforehand is: the
 // columns are a macro, loops are unrolled, rows and tokens that are not there are replaced by the last ones.
 //
-// Weights in blocks of 8 bits: 32 columns, a step, are a block. Its numbers are exact in bf16, so products are made as
-// with bf16 from zero, and the scale of a row's block multiplies the sum of that step in f32.
+// Weights in blocks of 8 bits: a step has 64 columns, two blocks, of which a thread's 16 bytes hold 8 columns each. Numbers
+// are exact in bf16, so products are made as with bf16 from zero, and the scale of a row's block multiplies that sum in f32.
 //
-// Macros: TO type of the result; Q8 0 or 1 (weights in blocks of 8 bits); K columns; WARPS; MT tiles of 16 rows and NT tiles of 8 tokens of a block; STAGES of
+// Macros: TO type of the result; Q8 0 or 1 (weights in blocks of 8 bits); K columns; WARPS; MT tiles of 16 rows and NT
+// tiles of 8 tokens of a block, 1 or 2 each; STAGES of
 // the ring; SCALE 0 or 1; EPILOGUE 0 (none), 1 (convolution) or 2 (residual); W taps of the convolution.
 
 #define THREADS (WARPS * WARP)
-// What a thread copies of a row at once: 8 columns.
 #if Q8
-#define PIECE u32x2
 #define WEIGHT q8
 #else
-#define PIECE u32x4
 #define WEIGHT bf16
 #endif
+// Times 8 columns that a thread multiplies in a step.
+#define EIGHTS (1 + Q8)
+#define COLUMNS (32 * EIGHTS)
 #define ROWS (16 * MT)
 #define TOKENS (8 * NT)
 // Steps over the columns, and those of a warp.
-#define STEPS ((K + 31) / 32)
+#define STEPS ((K + COLUMNS - 1) / COLUMNS)
 #define MINE ((STEPS + WARPS - 1) / WARPS)
-// Steps whose tokens are under way together.
-#define AHEAD (NT == 1 ? (MINE < 8 ? MINE : 8) : NT == 2 ? 4 : NT == 4 ? 3 : 2)
+// Steps whose tokens, and scales of weights, are under way together.
+#define MOST (8 / (NT * EIGHTS))
+#define AHEAD (NT == 1 && MINE < MOST ? MINE : MOST)
 // Chains of sums: a single one would be as long as all its products take one after another.
 #define CHAINS (NT == 1 && !Q8 ? 2 : 1)
 // Results a thread, all of one row since rows divide the threads, and tokens a warp.
@@ -43,8 +45,6 @@
 #define EACH_SCALE ((TOKENS + WARPS - 1) / WARPS)
 // Distance of the tokens in the partial sums: writes of a warp fall into different banks.
 #define PITCH (ROWS + 4)
-// An odd distance of the rows in the scales, for the same reason.
-#define SCALE_PITCH (STEPS | 1)
 
 // out = x · weightᵀ ⊙ scale (+ bias), with scale[t] = 1/√(mean square of token t + ε) from `parts` partial sums a token.
 // Convolution: results of rows first .. first + channels go through the convolution's step and SiLU; state row slots[t]
@@ -55,12 +55,8 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
                 Mat<float> residual, Mat<float> next_weight, Mat<float> stream, Mat<float> squares_out, int parts,
                 int tokens, int rows) {
     DYNAMIC_SHARED(bytes);
-    PIECE* ring = reinterpret_cast<PIECE*>(bytes);  // [STAGES][2 * MT][THREADS]
+    u32x4* ring = reinterpret_cast<u32x4*>(bytes);  // [STAGES][2 * MT][THREADS]
     float* sums = reinterpret_cast<float*>(bytes);  // [WARPS][TOKENS][PITCH], once the ring is done
-#if Q8
-    constexpr int ring_bytes = STAGES * 2 * MT * THREADS * 8, sum_bytes = WARPS * TOKENS * PITCH * 4;
-    float* scales = reinterpret_cast<float*>(bytes + ((ring_bytes > sum_bytes ? ring_bytes : sum_bytes) + 15) / 16 * 16);  // [ROWS][SCALE_PITCH]
-#endif
 #if SCALE
     __shared__ float scale[TOKENS];
 #endif
@@ -68,28 +64,22 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int row0 = blockIdx.x * ROWS, token0 = blockIdx.y * TOKENS;
     tokens -= token0;
-    int column = warp * 32 + lane % 4 * 8;
+    int column = warp * COLUMNS + lane % 4 * 8;
     auto there = [&](int i) { return i < MINE && (STEPS % WARPS == 0 || i < MINE - 1 || warp + i * WARPS < STEPS); };
     // Behind the last column tokens are taken as zero, so the weight may be any.
-    auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * 32 >= K; };
+    auto behind = [&](int i) { return K % 32 != 0 && column + i * WARPS * COLUMNS >= K; };
     const WEIGHT* from[2 * MT];
 #pragma unroll
     for (int m = 0; m < 2 * MT; m++) {
         int row = row0 + 8 * m + lane / 4;
-        from[m] = weight.row(row < rows ? row : rows - 1) + column;
+        from[m] = weight.row(row < rows ? row : rows - 1) + warp * COLUMNS + lane % 4 * 8 * EIGHTS;
     }
     auto fetch = [&](int i) {
         if (!there(i)) return;
-        PIECE* to = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
-        int offset = behind(i) ? -column : i * WARPS * 32;
+        u32x4* to = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
+        int offset = behind(i) ? -column : i * WARPS * COLUMNS;
 #pragma unroll
-        for (int m = 0; m < 2 * MT; m++) {
-#if Q8
-            copy_async8(to + m * THREADS, from[m] + offset);
-#else
-            copy_async16(to + m * THREADS, from[m] + offset);
-#endif
-        }
+        for (int m = 0; m < 2 * MT; m++) copy_async16(to + m * THREADS, from[m] + offset);
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
@@ -97,11 +87,19 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
         copy_async_commit();
     }
 #if Q8
-    for (int e = threadIdx.x; e < STEPS * ROWS; e += THREADS) {
-        int r = row0 + e / STEPS;
-        scales[e / STEPS * SCALE_PITCH + e % STEPS] = q8_scale(weight.row(r < rows ? r : rows - 1), K, e % STEPS);
-    }
-    __syncthreads();
+    // The scales of the steps to come, as they lie in memory.
+    u32 scales[AHEAD][2 * MT];
+    auto load_scales = [&](int i) {
+        if (!there(i)) return;
+#pragma unroll
+        for (int m = 0; m < 2 * MT; m++) {
+            int row = row0 + 8 * m + lane / 4;
+            auto of_row = reinterpret_cast<const u32*>(weight.row(row < rows ? row : rows - 1) + K);
+            scales[i % AHEAD][m] = of_row[warp + i * WARPS];
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load_scales(i);
 #endif
     // What the results meet, as far as nothing in this step writes it. The windows of many results would take the
     // registers of the products.
@@ -145,13 +143,16 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
     }
     wait_for_previous();
 
-    u32x4 b[AHEAD][NT];
+    u32x4 b[AHEAD][NT][EIGHTS];
     auto load_tokens = [&](int i) {
         if (!there(i)) return;
 #pragma unroll
         for (int j = 0; j < NT; j++) {
-            if (behind(i)) b[i % AHEAD][j] = u32x4{0, 0, 0, 0};
-            else b[i % AHEAD][j] = *reinterpret_cast<const u32x4*>(x.data + offsets[j] + i * WARPS * 32);
+#pragma unroll
+            for (int h = 0; h < EIGHTS; h++) {
+                const bf16* at = x.data + offsets[j] + i * WARPS * COLUMNS + 32 * h;
+                b[i % AHEAD][j][h] = behind(i) ? u32x4{0, 0, 0, 0} : *reinterpret_cast<const u32x4*>(at);
+            }
         }
     };
 #pragma unroll
@@ -182,36 +183,47 @@ KERNEL __launch_bounds__(THREADS) step_linear(Mat<bf16> x, Mat<WEIGHT> weight, M
     for (int i = 0; i < MINE; i++) {
         if (!there(i)) break;
         copy_async_wait<STAGES - 1>();
-        PIECE* at = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
+        u32x4* at = ring + i % STAGES * 2 * MT * THREADS + threadIdx.x;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-#if Q8
-            u32x4 upper = q8_to_bf16(at[2 * m * THREADS]), lower = q8_to_bf16(at[(2 * m + 1) * THREADS]);
-            const float* of_rows = scales + (16 * m + lane / 4) * SCALE_PITCH + warp + i * WARPS;
-            float upper_scale = of_rows[0], lower_scale = of_rows[8 * SCALE_PITCH];
-#else
             u32x4 upper = at[2 * m * THREADS], lower = at[(2 * m + 1) * THREADS];
-#endif
+#if Q8
+            u32x4 uppers[2] = {q8_to_bf16(upper.x, upper.y), q8_to_bf16(upper.z, upper.w)};
+            u32x4 lowers[2] = {q8_to_bf16(lower.x, lower.y), q8_to_bf16(lower.z, lower.w)};
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                upper = uppers[h], lower = lowers[h];
+                u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
+                float upper_scale = f16_to_f32(scales[i % AHEAD][2 * m] >> 16 * h & 0xffffu);
+                float lower_scale = f16_to_f32(scales[i % AHEAD][2 * m + 1] >> 16 * h & 0xffffu);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    u32x4 v = b[i % AHEAD][j][h];
+                    u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
+                    float part[4] = {};
+                    mma_bf16(part, a0, b0);
+                    mma_bf16(part, a1, b1);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) d[0][m][j][k] += part[k] * (k < 2 ? upper_scale : lower_scale);
+                }
+            }
+#else
             u32 a0[4] = {upper.x, lower.x, upper.y, lower.y}, a1[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-                u32x4 v = b[i % AHEAD][j];
+                u32x4 v = b[i % AHEAD][j][0];
                 u32 b0[2] = {v.x, v.y}, b1[2] = {v.z, v.w};
-#if Q8
-                float part[4] = {};
-                mma_bf16(part, a0, b0);
-                mma_bf16(part, a1, b1);
-#pragma unroll
-                for (int k = 0; k < 4; k++) d[0][m][j][k] += part[k] * (k < 2 ? upper_scale : lower_scale);
-#else
                 mma_bf16(d[0][m][j], a0, b0);
                 mma_bf16(d[CHAINS - 1][m][j], a1, b1);
-#endif
             }
+#endif
         }
         if (i + STAGES < MINE) fetch(i + STAGES);
         copy_async_commit();
         if (i + AHEAD < MINE) load_tokens(i + AHEAD);
+#if Q8
+        if (i + AHEAD < MINE) load_scales(i + AHEAD);
+#endif
     }
 
     __syncthreads();

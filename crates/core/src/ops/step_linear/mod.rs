@@ -28,14 +28,11 @@ static PROGRAM: Program = Program { name: NAME, source: include_str!("kernel.cu"
 /// Tokens up to which this is used: beyond, products are no longer bound by reading, and the library's are faster.
 pub const MOST_TOKENS: usize = 64;
 
-/// A multiple of this is the number of columns of a weight in q8_0: rows with their scales are then aligned to 8 bytes.
-pub const Q8_0_COLUMNS: usize = 128;
+/// A multiple of this is the number of columns of a weight in q8_0: rows with their scales are then aligned to 16 bytes.
+pub const Q8_0_COLUMNS: usize = 256;
 
-/// Blocks that run at once: one on each multiprocessor of an H100. It only decides how products are cut, which changes
-/// no bit.
-const AT_ONCE: usize = 132;
-/// Bytes of the ring of copies of a block, at most.
-const RING: usize = 64 << 10;
+/// Fewer blocks than this leave too much of a GPU idle.
+const FEW_BLOCKS: usize = 64;
 
 /// The second half of an RMSNorm: what is left to do with rows that were multiplied by the norm's weight already.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +72,7 @@ pub struct Residual {
 pub struct StepLinear {
     /// `[T, K]` bf16, K a multiple of 8.
     pub x: TensorId,
-    /// `[N, K]` bf16 or q8_0, row-major; K is a multiple of 128 for q8_0.
+    /// `[N, K]` bf16 or q8_0, row-major; K is a multiple of 256 for q8_0.
     pub weight: TensorId,
     /// `[1, N]` f32
     pub bias: Option<TensorId>,
@@ -269,36 +266,31 @@ struct Shape {
     stages: usize,
     row_blocks: usize,
     token_blocks: usize,
-    /// Bytes of 8 columns of a row, and of the scales of a block's rows.
-    piece: usize,
-    scales: usize,
 }
 
 impl Shape {
-    /// Up to 16 tokens a block has all of them and one tile of rows: the weights alone count. With more, what counts is
-    /// what one multiprocessor reads: the rows and the tokens of each of its blocks.
+    /// Up to 16 tokens a block has all of them and one tile of rows: the weights alone count. With more, blocks of 32
+    /// rows and 16 tokens, or where these are few, of 16 and 8. Larger ones read less but have too few warps at work.
     fn new(tokens: usize, (n, k): (usize, usize), in_blocks: bool) -> Shape {
-        let steps = k.div_ceil(32);
-        let warps = if steps >= 16 { 8 } else { 4 };
+        // A thread copies 16 bytes of a row in a step.
+        let steps = k.div_ceil(if in_blocks { 64 } else { 32 });
+        let warps = if k >= 512 { 8 } else { 4 };
         let shape = |row_tiles: usize, token_tiles: usize| {
-            let (piece, scales) = if in_blocks { (8, (steps | 1) * 16 * row_tiles * 4) } else { (16, 0) };
-            let stages = steps.div_ceil(warps).clamp(1, RING / (64 * piece * row_tiles * warps));
+            let stages = steps.div_ceil(warps).clamp(1, RING / (1024 * row_tiles * warps));
             let (row_blocks, token_blocks) = (n.div_ceil(16 * row_tiles), tokens.div_ceil(8 * token_tiles));
-            Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks, piece, scales }
+            Shape { warps, row_tiles, token_tiles, stages, row_blocks, token_blocks }
         };
         if tokens <= 16 {
             return shape(1, tokens.div_ceil(8));
         }
-        let read =
-            |s: &Shape| (s.row_blocks * s.token_blocks).div_ceil(AT_ONCE) * (16 * s.row_tiles + 8 * s.token_tiles);
-        let shapes = [1, 2].into_iter().flat_map(|rows| [1, 2, 4, 8].map(|tokens| shape(rows, tokens)));
-        shapes.min_by_key(read).expect("eight shapes")
+        let large = shape(2, 2);
+        if large.row_blocks * large.token_blocks >= FEW_BLOCKS { large } else { shape(1, 1) }
     }
 
-    /// The ring of copies, in whose place the sums of the warps come, and the scales behind it.
+    /// The ring of copies, in whose place the sums of the warps come.
     fn shared(&self) -> usize {
-        let ring = self.stages * 64 * self.piece * self.row_tiles * self.warps;
+        let ring = self.stages * 1024 * self.row_tiles * self.warps;
         let sums = self.warps * 8 * self.token_tiles * (16 * self.row_tiles + 4) * 4;
-        ring.max(sums).next_multiple_of(16) + self.scales
+        ring.max(sums)
     }
 }

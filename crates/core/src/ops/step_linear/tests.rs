@@ -67,7 +67,7 @@ fn products_with_bias_and_scale() {
 #[test]
 fn weights_in_blocks() {
     for shape @ (t, k, n) in
-        [(1, 128, 1), (1, 768, 40), (9, 256, 50), (16, 5120, 200), (17, 128, 2200), (40, 768, 80), (64, 768, 3080)]
+        [(1, 256, 1), (1, 768, 40), (9, 256, 50), (16, 5120, 200), (17, 256, 2200), (40, 768, 80), (64, 768, 3080)]
     {
         let (x, w) = (Value::random(t, k, 1).to_bf16(), Value::random(n, k, 2).to_q8_0());
         let mut case = Case::new();
