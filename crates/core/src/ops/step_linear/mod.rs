@@ -31,6 +31,8 @@ pub const MOST_TOKENS: usize = 64;
 /// A multiple of this is the number of columns of a weight in q8_0: rows with their scales are then aligned to 16 bytes.
 pub const Q8_0_COLUMNS: usize = 256;
 
+/// Bytes of the ring of copies of a block, at most.
+const RING: usize = 64 << 10;
 /// Fewer blocks than this leave too much of a GPU idle.
 const FEW_BLOCKS: usize = 64;
 
