@@ -358,12 +358,12 @@ impl Device {
     /// Bytes of a matrix `[rows, cols]` in this type and layout.
     pub fn matrix_bytes(&self, dtype: DType, layout: MatrixLayout, rows: usize, cols: usize) -> usize {
         match (layout, self) {
-            _ if dtype.blocks().is_some() => gemm::blocks_len(dtype, cols, rows),
-            (MatrixLayout::Panels, Device::Cpu(cpu)) if dtype == DType::BF16 => {
-                2 * gemm::packed_len::<bf16>(cpu.isa, cols, rows)
-            }
-            (MatrixLayout::Panels, Device::Cpu(cpu)) => dtype.size() * gemm::packed_len::<f32>(cpu.isa, cols, rows),
-            _ => rows * cols * dtype.size(),
+            (MatrixLayout::Panels, Device::Cpu(cpu)) => match dtype {
+                DType::Q8_0 | DType::Q4_K | DType::Q6_K => gemm::blocks_len(dtype, cols, rows),
+                DType::BF16 => 2 * gemm::packed_len::<bf16>(cpu.isa, cols, rows),
+                DType::F32 | DType::I32 => 4 * gemm::packed_len::<f32>(cpu.isa, cols, rows),
+            },
+            _ => rows * dtype.row_bytes(cols),
         }
     }
 
@@ -408,9 +408,15 @@ impl Device {
                 }
                 self.write_blocks(buffer, offset, (dtype, layout), (rows, cols), &blocks);
             }
-            (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
+            (MatrixLayout::Panels, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
                 let blocks = buffer.bytes_mut(offset, bytes);
                 gemm::encode_blocks(&cpu.pool, dtype, values, (rows, cols), blocks);
+            }
+            (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
+                let (row, blocks) = (dtype.row_bytes(cols), buffer.bytes_mut(offset, bytes));
+                cpu.pool.chunks_mut(blocks, row, |at, blocks| {
+                    quant::encode(dtype, &values[at / row * cols..][..cols], blocks);
+                });
             }
             (MatrixLayout::Panels, DType::BF16, Device::Cpu(cpu)) => {
                 gemm::pack_into::<f32, bf16>(&cpu.pool, cpu.isa, weight, buffer.elements_mut(offset, bytes / 2));
@@ -438,18 +444,19 @@ impl Device {
         (rows, cols): (usize, usize),
         blocks: &[u8],
     ) {
-        assert_eq!(blocks.len(), gemm::blocks_len(dtype, cols, rows), "rows of blocks");
-        assert_eq!(blocks.len(), self.matrix_bytes(dtype, layout, rows, cols), "blocks take what they take in a file");
-        if (dtype, layout) == (DType::Q8_0, MatrixLayout::Rows) {
-            let mut split = vec![0; blocks.len()];
-            let row_bytes = dtype.row_bytes(cols).max(1);
-            blocks
-                .chunks(row_bytes)
-                .zip(split.chunks_mut(row_bytes))
-                .for_each(|(from, to)| quant::split_q8_0(from, to));
-            buffer.write_bytes(offset, &split);
-        } else {
-            buffer.write_bytes(offset, blocks);
+        assert_eq!(blocks.len(), rows * dtype.row_bytes(cols), "rows of blocks");
+        match (layout, dtype, self) {
+            (MatrixLayout::Panels, _, Device::Cpu(cpu)) => {
+                let panels = buffer.bytes_mut(offset, self.matrix_bytes(dtype, layout, rows, cols));
+                gemm::arrange_blocks(&cpu.pool, dtype, blocks, (rows, cols), panels);
+            }
+            (_, DType::Q8_0, _) => {
+                let mut split = vec![0; blocks.len()];
+                let rows = dtype.row_bytes(cols).max(1);
+                blocks.chunks(rows).zip(split.chunks_mut(rows)).for_each(|(from, to)| quant::split_q8_0(from, to));
+                buffer.write_bytes(offset, &split);
+            }
+            _ => buffer.write_bytes(offset, blocks),
         }
     }
 

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use super::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
-use super::simd::{Portable, Simd};
+use super::simd::{Bytes, Portable, Simd};
 
 /// The environment variable that forces a level.
 pub const ISA_VARIABLE: &str = "HOGNOSE_ISA";
@@ -22,9 +22,9 @@ pub const ISA_VARIABLE: &str = "HOGNOSE_ISA";
 pub enum Isa {
     /// x86-64 with AMX for bf16 and int8: matrix products of bf16 by tiles, everything else as [`Isa::Avx512`].
     Amx,
-    /// x86-64 with AVX-512 F, BW, DQ and VL (and AVX2 and FMA): 16 lanes of f32, 32 registers, masks.
+    /// x86-64 with AVX-512 F, BW, DQ and VL (and AVX2, FMA and F16C): 16 lanes of f32, 32 registers, masks.
     Avx512,
-    /// x86-64 with AVX2 and FMA: 8 lanes of f32, 16 registers.
+    /// x86-64 with AVX2, FMA and F16C: 8 lanes of f32, 16 registers.
     Avx2,
     /// 64-bit ARM: 4 lanes of f32, 32 registers.
     Neon,
@@ -67,6 +67,12 @@ pub trait Kernel {
     /// Does the work. Implementors mark this `#[inline(always)]`, so that it is compiled with the instructions of
     /// `S` enabled.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// A [`Kernel`] over vectors of bytes.
+pub trait BytesKernel {
+    /// Does the work; as [`Kernel::run`].
+    fn run<S: Bytes>(self, simd: S);
 }
 
 impl Isa {
@@ -156,6 +162,52 @@ impl Isa {
         }
     }
 
+    /// Runs a kernel over bytes with this level's instructions, as [`Isa::run`]; where the machine has VNNI, with those.
+    pub fn run_bytes<K: BytesKernel>(self, kernel: K) {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self, Isa::Amx | Isa::Avx512)
+            && self.is_available()
+            && std::arch::is_x86_feature_detected!("avx512vnni")
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+            fn enabled<K: BytesKernel>(kernel: K, simd: Avx512<true>) {
+                kernel.run(simd)
+            }
+            // SAFETY: the machine has the instructions, as just asked.
+            return unsafe { enabled(kernel, Avx512::new_unchecked()) };
+        }
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx | Isa::Avx512 if self.is_available() => {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+                fn enabled<K: BytesKernel>(kernel: K, simd: Avx512) {
+                    kernel.run(simd)
+                }
+                // SAFETY: the machine has the instructions, as just asked.
+                unsafe { enabled(kernel, Avx512::new_unchecked()) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if self.is_available() => {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn enabled<K: BytesKernel>(kernel: K, simd: Avx2) {
+                    kernel.run(simd)
+                }
+                // SAFETY: the machine has the instructions, as just asked.
+                unsafe { enabled(kernel, Avx2::new_unchecked()) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon if self.is_available() => {
+                #[target_feature(enable = "neon")]
+                fn enabled<K: BytesKernel>(kernel: K, simd: Neon) {
+                    kernel.run(simd)
+                }
+                // SAFETY: the machine has the instructions, as just asked.
+                unsafe { enabled(kernel, Neon::new_unchecked()) }
+            }
+            _ => kernel.run(Portable),
+        }
+    }
+
     fn bit(self) -> u8 {
         match self {
             Isa::Avx512 => 1,
@@ -174,7 +226,7 @@ fn probe() -> u8 {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
-        if has!("avx2") && has!("fma") {
+        if has!("avx2") && has!("fma") && has!("f16c") {
             bits |= Isa::Avx2.bit();
             if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                 bits |= Isa::Avx512.bit();

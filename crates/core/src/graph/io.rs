@@ -84,13 +84,13 @@ impl Mat {
         unsafe { std::slice::from_raw_parts(self.ptr.add(row * bytes), bytes) }
     }
 
-    /// All of a matrix of weights in blocks.
+    /// The first `bytes` bytes of a matrix of weights in panels of blocks.
     ///
     /// # Safety
-    /// Nobody may write it meanwhile.
-    pub(crate) unsafe fn blocks<'a>(&self) -> &'a [u8] {
-        // SAFETY: the matrix has `rows` rows of this many bytes.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.rows * self.dtype.row_bytes(self.cols)) }
+    /// The matrix has them, and nobody may write it meanwhile.
+    pub(crate) unsafe fn blocks<'a>(&self, bytes: usize) -> &'a [u8] {
+        // SAFETY: as the caller says.
+        unsafe { std::slice::from_raw_parts(self.ptr, bytes) }
     }
 
     /// Columns `col .. col + cols` as a matrix of their own.

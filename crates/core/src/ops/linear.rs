@@ -1,14 +1,14 @@
 //! Linear layers: y = x · Wᵀ + bias, and the products of its gradient.
 //!
-//! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32, bf16 or blocks, widened exactly), bias
-//! `[1, N]`, y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX: see `cpu::gemm`), so a row of y
-//! has the same bits whatever other rows there are.
+//! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32 or bf16, widened exactly, or blocks), bias
+//! `[1, N]`, y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX, and blocks, by which a rounded x is
+//! multiplied: see `cpu::gemm`), so a row of y has the same bits whatever other rows there are.
 //! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy.
 
 use half::bf16;
 
 use crate::cpu::Cpu;
-use crate::cpu::gemm::{BlockMatrix, MatMut, MatRef, PackedMatrix, Rhs, Start, gemm, packed_len};
+use crate::cpu::gemm::{BlockMatrix, MatMut, MatRef, PackedMatrix, Rhs, Start, blocks_len, gemm, packed_len};
 use crate::cuda::blas::Product;
 use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
@@ -63,10 +63,12 @@ pub fn linear_to(
 pub(crate) unsafe fn transposed<'a>(weight: Mat, cpu: &Cpu) -> Rhs<'a> {
     let (n, k) = (weight.rows, weight.cols);
     match (weight.layout, weight.dtype) {
-        // SAFETY: the caller keeps them unchanged.
-        (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K) => {
-            Rhs::Blocks(BlockMatrix::new(weight.dtype, k, n, unsafe { weight.blocks() }))
+        (Layout::Panels, DType::Q8_0 | DType::Q4_K | DType::Q6_K) => {
+            // SAFETY: a matrix in panels of blocks has this many bytes; the caller keeps them unchanged.
+            let data = unsafe { weight.blocks(blocks_len(weight.dtype, k, n)) };
+            Rhs::Blocks(BlockMatrix::new(weight.dtype, k, n, data))
         }
+        // SAFETY: the caller keeps it unchanged.
         (Layout::Rows, _) => Rhs::Strided(unsafe { view(weight) }.t()),
         (Layout::Panels, DType::BF16) => {
             // SAFETY: a packed matrix has this many elements; the caller keeps them unchanged.

@@ -13,16 +13,15 @@ const TRIALS: usize = 21;
 const TRIAL_STEP: f32 = 0.1;
 
 /// Scales and minima of eight parts, 6 bits each, in 12 bytes.
-fn six_bits(packed: &[u8], part: usize) -> (f32, f32) {
+fn six_bits(packed: &[u8], part: usize) -> (u8, u8) {
     let p = packed;
-    let (scale, min) = match part {
+    match part {
         0..4 => (p[part] & 63, p[part + 4] & 63),
         _ => {
             let low = p[part + 4];
             (low & 15 | (p[part - 4] >> 6) << 4, low >> 4 | (p[part] >> 6) << 4)
         }
-    };
-    (f32::from(scale), f32::from(min))
+    }
 }
 
 /// The inverse of [`six_bits`].
@@ -49,7 +48,7 @@ fn decode_affine(head: &[u8], four: &[u8], fifth: impl Fn(usize, usize) -> u8, o
     let (d, e) = (f16_at(head, 0), f16_at(head, 2));
     for (part, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let (scale, min) = six_bits(&head[4..16], part);
-        let (scale, min) = (d * scale, e * min);
+        let (scale, min) = (d * f32::from(scale), e * f32::from(min));
         let shift = part % 2 * 4;
         for (i, (out, q)) in out.iter_mut().zip(&four[part / 2 * 32..][..32]).enumerate() {
             *out = scale * f32::from(q >> shift & 15 | fifth(part, i)) - min;
@@ -76,6 +75,20 @@ pub(super) fn decode_q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
 fn six_bit_places(part: usize) -> (usize, usize, usize, usize) {
     let (half, quarter, sixteen) = (part / 8, part % 8 / 2, part % 2);
     (half * 64 + quarter % 2 * 32 + sixteen * 16, quarter / 2 * 4, half * 32 + sixteen * 16, quarter * 2)
+}
+
+/// Scale, minimum and numbers of a part of 32 of Q4_K, all in their few bits.
+pub(crate) fn part_of_q4_k(block: &[u8; 144], part: usize) -> (u8, u8, [u8; 32]) {
+    let (scale, min) = six_bits(&block[4..16], part);
+    let four = &block[16 + part / 2 * 32..];
+    (scale, min, std::array::from_fn(|i| four[i] >> (part % 2 * 4) & 15))
+}
+
+/// Scale and numbers (32 more than they stand for) of a part of 16 of Q6_K.
+pub(crate) fn part_of_q6_k(block: &[u8; 210], part: usize) -> (i8, [u8; 16]) {
+    let (lower, shift, upper, place) = six_bit_places(part);
+    let q = |i: usize| block[lower + i] >> shift & 15 | (block[128 + upper + i] >> place & 3) << 4;
+    (block[192 + part] as i8, std::array::from_fn(q))
 }
 
 pub(super) fn encode_q4_k(values: &[f32; 256], block: &mut [u8; 144]) {

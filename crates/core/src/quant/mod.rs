@@ -13,6 +13,8 @@ mod tests;
 
 use crate::dtype::DType;
 
+pub(crate) use k::{part_of_q4_k, part_of_q6_k};
+
 /// Q8_0: the largest error over the largest magnitude of a block, for scales that f16 holds as normal numbers.
 pub const Q8_0_ERROR: f32 = 1.0 / 252.0;
 /// Q8_0: root mean square of the errors over that of the numbers, for normally distributed ones.

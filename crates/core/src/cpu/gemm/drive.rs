@@ -7,7 +7,6 @@ use super::super::isa::{Isa, Kernel};
 use super::super::pool::Pool;
 use super::super::simd::{Element, Simd};
 use super::Start;
-use super::blocks::BlockMatrix;
 use super::kernel::{Block, From, Left, Weight, panel_columns, tile_rows};
 use super::matrix::{MatMut, MatRef};
 use super::pack::Pack;
@@ -28,16 +27,13 @@ pub(super) const SERIAL_WORK: usize = 200_000;
 pub(super) const TASK_WORK: usize = 100_000;
 /// Tasks a thread gets, about: enough to even out what else the machine does.
 pub(super) const TASKS_PER_THREAD: usize = 4;
-/// Steps of k packed at a time where a task packs for itself: a slab of a panel stays in L1 for a single tile. A multiple
-/// of the length of every block.
+/// Steps of k packed at a time where a task packs for itself: a slab of a panel stays in L1 for a single tile.
 const SLAB_STEPS: usize = 256;
 /// What packing an element costs, in multiply-adds.
 const PACK_COST: usize = 8;
 /// What a byte of packed panels costs that few rows use, in multiply-adds: it comes from memory, and one thread alone
 /// does not reach the memory's rate.
-const READ_COST: usize = 5;
-/// What decoding and packing an element of a block costs, in multiply-adds.
-const DECODE_COST: usize = 24;
+pub(super) const READ_COST: usize = 5;
 /// Elements a packing task moves, about.
 pub(super) const PACK_WORK: usize = 32_768;
 /// Panels of B from which on packing a transposed A pays. Rows of A that lie in memory as such are never packed:
@@ -50,8 +46,6 @@ pub(super) enum Right<'a, W> {
     /// Panels over all of k.
     Packed(&'a [W]),
     Strided(MatRef<'a>),
-    /// Rows of Bᵀ that are decoded piece by piece.
-    Blocks(BlockMatrix<'a>),
 }
 
 /// The pieces a task needs, sent by address.
@@ -112,7 +106,6 @@ pub(super) fn drive<W: Weight>(
     let cost = match b {
         Right::Packed(_) => read_cost,
         Right::Strided(_) => PACK_COST,
-        Right::Blocks(_) => DECODE_COST,
     };
     let work = (m + cost).saturating_mul(n).saturating_mul(k);
     let pool = pool.filter(|pool| pool.threads() > 1 && work >= SERIAL_WORK);
@@ -123,18 +116,10 @@ pub(super) fn drive<W: Weight>(
         Product { pool, threads, isa, c: Shared(c.as_mut_ptr()), c_stride, start, a, n, tile_rows, width, read_cost };
     match b {
         Right::Strided(b) if m <= tile_rows || (m <= TASK_ROWS && (pool.is_none() || n >= 2 * threads * width)) => {
-            product.by_panels(Source::Strided(b));
+            product.by_panels(b);
         }
-        Right::Blocks(b) => product.by_panels(Source::Blocks(b)),
         _ => product.by_blocks(b),
     }
-}
-
-/// A right-hand side that is packed on the way.
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    Strided(MatRef<'a>),
-    Blocks(BlockMatrix<'a>),
 }
 
 /// A product, its right-hand side aside.
@@ -155,31 +140,23 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Few rows or blocks to decode, and B not packed: every task packs a piece of a panel into its own cache and uses it up at once, so
+    /// Few rows, and B not packed: every task packs a piece of a panel into its own cache and uses it up at once, so
     /// B is read once and never written to memory.
-    fn by_panels(&self, b: Source<'_>) {
+    fn by_panels(&self, b: MatRef<'_>) {
         let (m, n, k, width) = (self.a.rows(), self.n, self.a.cols(), self.width);
         let slab = if m <= self.tile_rows { SLAB_STEPS } else { 2 * SLAB_STEPS };
         let panels = n.div_ceil(width);
         let least = TASK_WORK.div_ceil(((m + PACK_COST) * width * k).max(1));
         let group = panels.div_ceil(self.threads * TASKS_PER_THREAD).max(least);
-        let decoded = if let Source::Blocks(_) = b { width * slab } else { 0 };
         region(self.pool, panels.div_ceil(group), |task| {
-            with_workspace(width * slab + decoded, |panel| {
-                // SAFETY: the workspace holds both parts, and this task alone uses it.
-                let rows = unsafe { std::slice::from_raw_parts_mut(panel.add(width * slab), decoded) };
+            with_workspace(width * slab, |panel| {
                 for column in (task * group * width..n.min((task + 1) * group * width)).step_by(width) {
                     let columns = width.min(n - column);
                     // One round even where k is 0: it writes where the sums start.
                     for step in (0..k.max(1)).step_by(slab) {
                         let steps = slab.min(k - step);
-                        match b {
-                            Source::Strided(b) => {
-                                let lines = b.row_range(step..step + steps).col_range(column..column + columns).t();
-                                pack(self.isa, lines, width, panel);
-                            }
-                            Source::Blocks(b) => b.pack(self.isa, (column, columns), (step, steps), rows, panel),
-                        }
+                        let lines = b.row_range(step..step + steps).col_range(column..column + columns).t();
+                        pack(self.isa, lines, width, panel);
                         self.isa.run(Block {
                             k: steps,
                             a: strided(self.a.col_range(step..step + steps)),
@@ -293,7 +270,7 @@ impl Product<'_> {
                 from: self.from(column, place.steps.start),
             };
             match b {
-                Right::Strided(_) | Right::Blocks(_) => self.isa.run(block),
+                Right::Strided(_) => self.isa.run(block),
                 Right::Packed(data) => {
                     let at = column * k + place.steps.start * width;
                     self.isa.run(block.with_panels(data.as_ptr().wrapping_add(at), k * width));
@@ -349,7 +326,7 @@ pub(super) fn even(n: usize, most: usize, unit: usize) -> usize {
 
 /// Tasks over a block of C: rows by panels.
 #[derive(Clone, Copy)]
-struct Grid {
+pub(super) struct Grid {
     rows: usize,
     panels: usize,
     task_rows: usize,
@@ -358,7 +335,7 @@ struct Grid {
 
 impl Grid {
     /// Tasks for `rows` and `panels` of `panel` elements each.
-    fn new(rows: usize, panels: usize, panel: usize, read_cost: usize, tile_rows: usize, threads: usize) -> Grid {
+    pub fn new(rows: usize, panels: usize, panel: usize, read_cost: usize, tile_rows: usize, threads: usize) -> Grid {
         let mut grid = Grid { rows, panels, task_rows: even(rows, TASK_ROWS, tile_rows), task_panels: panels };
         let wanted = if threads > 1 { threads * TASKS_PER_THREAD } else { 1 };
         let work = |grid: &Grid| (grid.task_rows.min(rows) + read_cost) * grid.task_panels * panel.max(1);
@@ -375,12 +352,12 @@ impl Grid {
         grid
     }
 
-    fn tasks(&self) -> usize {
+    pub fn tasks(&self) -> usize {
         self.rows.div_ceil(self.task_rows) * self.panels.div_ceil(self.task_panels)
     }
 
     /// The rows and panels of a task; neighbours share the rows of A.
-    fn place(&self, task: usize) -> (Range<usize>, Range<usize>) {
+    pub fn place(&self, task: usize) -> (Range<usize>, Range<usize>) {
         let across = self.panels.div_ceil(self.task_panels);
         let (row, panel) = (task / across * self.task_rows, task % across * self.task_panels);
         (row..self.rows.min(row + self.task_rows), panel..self.panels.min(panel + self.task_panels))

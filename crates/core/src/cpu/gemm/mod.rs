@@ -1,4 +1,4 @@
-//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32 or bf16, or decoded from blocks.
+//! The matrix product C[m, n] = start + A[m, k] · B[k, n] in f32, B in f32, bf16 or blocks of few bits.
 //!
 //! A and B are views with any strides, so x · Wᵀ, dy · W and dyᵀ · x are one function; weights that are used often
 //! are packed once ([`PackedMatrix`]). The scheme is that of BLIS (Van Zee and van de Geijn, 2015): panels of A and B
@@ -10,11 +10,11 @@
 //! alone: not on m, n, strides, packing, the number of threads, or the place in C. Blocks of k go on where the ones
 //! before left off, in C. ([`Isa::Portable`] rounds products before adding.)
 //! Products of bf16 by tiles ([`Rhs::Rounded`], and bf16 weights packed for [`Isa::Amx`]) add up in another order, stated
-//! in `tiles`, under the same invariant.
+//! in `tiles`, under the same invariant; and so do products with blocks ([`Rhs::Blocks`]), stated in `blocks`.
 //!
 //! # Error
 //! |computed − exact| ≤ (k + 1) · 2⁻²⁴ · (|start| + Σ |a| |b|) to first order; twice that for `Isa::Portable`.
-//! By tiles, A and B being rounded first: (k/32 + 18) · 2⁻²⁴ in place of (k + 1) · 2⁻²⁴.
+//! By tiles, A and B being rounded first: (k/32 + 18) · 2⁻²⁴ in place of (k + 1) · 2⁻²⁴. With blocks: see there.
 
 mod blocks;
 mod drive;
@@ -31,7 +31,7 @@ use super::isa::Isa;
 use super::pool::Pool;
 use drive::{Right, drive, rows_of_tile};
 
-pub use blocks::{BlockMatrix, blocks_len, encode_blocks};
+pub use blocks::{BlockMatrix, LEAST, arrange_blocks, blocks_len, encode_blocks};
 pub use kernel::Weight;
 pub use matrix::{MatMut, MatRef};
 pub use packed::{Data, PackedBuffer, PackedMatrix, pack_into, packed_len};
@@ -43,7 +43,7 @@ pub enum Rhs<'a> {
     Strided(MatRef<'a>),
     /// A matrix packed for the level of instructions in use.
     Packed(PackedMatrix<'a>),
-    /// Rows of Bᵀ in blocks of few bits a number.
+    /// Rows of Bᵀ in blocks of few bits a number, arranged in panels. A is rounded to 8 bits a number.
     Blocks(BlockMatrix<'a>),
     /// As `Strided`, but A and B are rounded to bf16 as they are packed, and the product is that of [`Isa::Amx`] for bf16
     /// weights, at every level.
@@ -121,7 +121,7 @@ fn product(pool: Option<&Pool>, isa: Isa, c: MatMut<'_>, start: Start<'_>, a: Ma
     let rows = rows_of_tile(isa);
     match b {
         Rhs::Strided(b) => drive::<f32>(pool, isa, c, start, a, Right::Strided(b), rows),
-        Rhs::Blocks(b) => drive::<f32>(pool, isa, c, start, a, Right::Blocks(b), rows),
+        Rhs::Blocks(b) => blocks::drive(pool, isa, c, start, a, b),
         Rhs::Rounded(b) => tiles::drive(pool, isa, c, start, a, tiles::Right::Strided(b)),
         Rhs::Packed(b) => match b.data() {
             // Tiles are the same for all levels.

@@ -2,7 +2,6 @@ use half::bf16;
 
 use super::*;
 use crate::cpu::Element;
-use crate::dtype::DType;
 
 /// Numbers in −1..1 from a seed.
 struct Random(u64);
@@ -387,46 +386,6 @@ fn products_by_tiles_write_their_part_of_c_alone_and_agree_with_f64() {
                 let error = (f64::from(value) - sum).abs();
                 let bound = (k / 32 + 18) as f64 * 2f64.powi(-24) * size;
                 assert!(error <= bound, "{isa}: C[{i}, {j}] of {m} × {n} × {k} is off by {error}, bound {bound}");
-            }
-        }
-    }
-}
-
-#[test]
-fn blocks_are_the_product_with_the_decoded_numbers() {
-    let mut random = Random(77);
-    // Fewer rows than a tile and more than a task's; one slab of k and several; panels that are not full.
-    for (dtype, m, n, k) in [
-        (DType::Q8_0, 1, 37, 31),
-        (DType::Q8_0, 40, 70, 1100),
-        (DType::Q4_K, 3, 33, 768),
-        (DType::Q6_K, 400, 5, 256),
-        (DType::Q4_K, 0, 3, 256),
-        (DType::Q8_0, 2, 3, 0),
-    ] {
-        let w = random.values(n * k);
-        let one = cpu(Isa::Portable, 2);
-        let mut blocks = vec![0; blocks_len(dtype, k, n)];
-        encode_blocks(&one.pool, dtype, &w, (n, k), &mut blocks);
-        let matrix = BlockMatrix::new(dtype, k, n, &blocks);
-        let mut decoded = vec![0.0; n * k];
-        for (j, row) in decoded.chunks_exact_mut(k.max(1)).enumerate() {
-            matrix.column(j, row);
-        }
-        let (a, c, bias) = (random.values(m * k), random.values(m * n), random.values(n));
-        let a = MatRef::new(&a, m, k);
-        for isa in Isa::available() {
-            for start in [Start::Zero, Start::Bias(&bias), Start::C] {
-                let right = Rhs::Strided(MatRef::new(&decoded, n, k).t());
-                let expected = run(&cpu(isa, 1), start, &c, a, right);
-                for threads in [1, 3] {
-                    let got = run(&cpu(isa, threads), start, &c, a, Rhs::Blocks(matrix));
-                    assert_eq!(bits(&got), bits(&expected), "{dtype} {m} × {k} × {n}, {isa}, {threads} threads");
-                }
-                if m > 0 {
-                    let first = run(&cpu(isa, 2), start, &c[..n], a.row_range(0..1), Rhs::Blocks(matrix));
-                    assert_eq!(bits(&first), bits(&expected[..n]), "one row of {m}");
-                }
             }
         }
     }

@@ -9,6 +9,7 @@
 
 use half::bf16;
 
+mod bytes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -16,6 +17,7 @@ mod twice;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use bytes::Bytes;
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use portable::Portable;

@@ -6,7 +6,7 @@ use core::arch::aarch64::*;
 
 use half::bf16;
 
-use super::{MAX_LANES, Simd};
+use super::{Bytes, MAX_LANES, Simd};
 
 /// The token for NEON: 4 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -23,9 +23,9 @@ impl Neon {
 
 /// Methods that are one expression of intrinsics.
 macro_rules! methods {
-    ($(fn $name:ident(self $(, $arg:ident: $type:ty)*) -> $out:ty { $body:expr })*) => {$(
+    ($(fn $name:ident$(<const $n:ident: i32>)?(self $(, $arg:ident: $type:ty)*) -> $out:ty { $body:expr })*) => {$(
         #[inline(always)]
-        fn $name(self $(, $arg: $type)*) -> $out {
+        fn $name$(<const $n: i32>)?(self $(, $arg: $type)*) -> $out {
             // SAFETY: the token exists only where the machine has the instructions.
             unsafe { $body }
         }
@@ -132,6 +132,55 @@ impl Simd for Neon {
             vget_lane_f32::<0>(v) + vget_lane_f32::<1>(v)
         }}
         fn reduce_max(self, v: float32x4_t) -> f32 { vmaxvq_f32(v) }
+    }
+}
+
+impl Bytes for Neon {
+    type B = uint8x16_t;
+    type I = int32x4_t;
+
+    pointer_methods! {
+        fn load_bytes(self, from: *const u8) -> uint8x16_t { vld1q_u8(from) }
+        fn load_u8(self, from: *const u8) -> float32x4_t {{
+            let four = vcreate_u8(u64::from(from.cast::<u32>().read_unaligned()));
+            vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))))
+        }}
+        fn load_i8(self, from: *const u8) -> float32x4_t {{
+            let four = vcreate_s8(u64::from(from.cast::<u32>().read_unaligned()));
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(four))))
+        }}
+        fn load_f16(self, from: *const u8) -> float32x4_t {{
+            // Exponents of f32 are biased by 112 more; the multiplication is exact, also for denormal numbers. What is
+            // not finite gets the exponent of such numbers.
+            let bits = vmovl_u16(vld1_u16(from.cast()));
+            let magnitude = vshlq_n_u32::<13>(vandq_u32(bits, vdupq_n_u32(0x7fff)));
+            let scaled = vmulq_f32(vreinterpretq_f32_u32(magnitude), vdupq_n_f32(f32::from_bits((127 + 112) << 23)));
+            let infinite = vandq_u32(vcgeq_u32(magnitude, vdupq_n_u32(0x7c00 << 13)), vdupq_n_u32(0x7f80_0000));
+            let sign = vshlq_n_u32::<16>(vandq_u32(bits, vdupq_n_u32(0x8000)));
+            vreinterpretq_f32_u32(vorrq_u32(vorrq_u32(vreinterpretq_u32_f32(scaled), infinite), sign))
+        }}
+    }
+
+    methods! {
+        fn splat_bytes(self, four: i32) -> uint8x16_t { vreinterpretq_u8_s32(vdupq_n_s32(four)) }
+        fn and(self, b: uint8x16_t, mask: u8) -> uint8x16_t { vandq_u8(b, vdupq_n_u8(mask)) }
+        fn or(self, a: uint8x16_t, b: uint8x16_t) -> uint8x16_t { vorrq_u8(a, b) }
+        fn shift_left<const N: i32>(self, b: uint8x16_t) -> uint8x16_t { vshlq_n_u8::<N>(b) }
+        fn shift_right<const N: i32>(self, b: uint8x16_t) -> uint8x16_t { vshrq_n_u8::<N>(b) }
+        fn splat_int(self, x: i32) -> int32x4_t { vdupq_n_s32(x) }
+        fn dot(self, sums: int32x4_t, w: uint8x16_t, x: uint8x16_t) -> int32x4_t {
+            // Up to 127 a byte is the same with a sign.
+            Neon(()).signed_dot(sums, w, x)
+        }
+        fn signed_dot(self, sums: int32x4_t, w: uint8x16_t, x: uint8x16_t) -> int32x4_t {{
+            // Two products of up to 128 · 127 fit into 16 bits.
+            let (w, x) = (vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x));
+            let low = vmull_s8(vget_low_s8(w), vget_low_s8(x));
+            let high = vmull_s8(vget_high_s8(w), vget_high_s8(x));
+            vpadalq_s16(sums, vpaddq_s16(low, high))
+        }}
+        fn signed_start(self, _x: i32) -> int32x4_t { vdupq_n_s32(0) }
+        fn to_float(self, i: int32x4_t) -> float32x4_t { vcvtq_f32_s32(i) }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Arrays of eight, vectorised as far as the compiler sees fit.
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{MAX_LANES, Simd};
+use super::{Bytes, MAX_LANES, Simd};
 
 /// The token for plain Rust: 8 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -244,5 +244,96 @@ impl Simd for Portable {
     #[inline(always)]
     fn reduce_max(self, v: Lanes) -> f32 {
         tree(v, |a, b| if a > b { a } else { b })
+    }
+}
+
+/// Eight lanes of four bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
+pub struct Quads([[u8; 4]; 8]);
+
+/// Eight lanes of i32.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
+pub struct Ints([i32; 8]);
+
+impl Bytes for Portable {
+    type B = Quads;
+    type I = Ints;
+
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> Quads {
+        // SAFETY: the caller vouches for 32 bytes.
+        Quads(unsafe { from.cast::<[[u8; 4]; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn splat_bytes(self, four: i32) -> Quads {
+        Quads([four.to_le_bytes(); 8])
+    }
+
+    #[inline(always)]
+    fn and(self, b: Quads, mask: u8) -> Quads {
+        Quads(b.0.map(|four| four.map(|b| b & mask)))
+    }
+
+    #[inline(always)]
+    fn or(self, a: Quads, b: Quads) -> Quads {
+        Quads(std::array::from_fn(|i| std::array::from_fn(|j| a.0[i][j] | b.0[i][j])))
+    }
+
+    #[inline(always)]
+    fn shift_left<const N: i32>(self, b: Quads) -> Quads {
+        Quads(b.0.map(|four| four.map(|b| b << N)))
+    }
+
+    #[inline(always)]
+    fn shift_right<const N: i32>(self, b: Quads) -> Quads {
+        Quads(b.0.map(|four| four.map(|b| b >> N)))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, x: i32) -> Ints {
+        Ints([x; 8])
+    }
+
+    #[inline(always)]
+    fn dot(self, sums: Ints, w: Quads, x: Quads) -> Ints {
+        // Up to 127 a byte is the same with a sign.
+        self.signed_dot(sums, w, x)
+    }
+
+    #[inline(always)]
+    fn signed_dot(self, sums: Ints, w: Quads, x: Quads) -> Ints {
+        let product = |i: usize, j: usize| i32::from(w.0[i][j] as i8) * i32::from(x.0[i][j] as i8);
+        Ints(std::array::from_fn(|i| sums.0[i] + product(i, 0) + product(i, 1) + product(i, 2) + product(i, 3)))
+    }
+
+    #[inline(always)]
+    fn signed_start(self, _: i32) -> Ints {
+        Ints([0; 8])
+    }
+
+    #[inline(always)]
+    fn to_float(self, i: Ints) -> Lanes {
+        Lanes(i.0.map(|i| i as f32))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> Lanes {
+        // SAFETY: the caller vouches for 8 bytes.
+        Lanes(unsafe { from.cast::<[u8; 8]>().read_unaligned() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const u8) -> Lanes {
+        // SAFETY: the caller vouches for 8 bytes.
+        Lanes(unsafe { from.cast::<[i8; 8]>().read_unaligned() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u8) -> Lanes {
+        // SAFETY: the caller vouches for 16 bytes.
+        Lanes(unsafe { from.cast::<[u16; 8]>().read_unaligned() }.map(|bits| f16::from_bits(bits).to_f32()))
     }
 }

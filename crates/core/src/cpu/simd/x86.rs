@@ -4,28 +4,28 @@ use core::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{MAX_LANES, Simd};
+use super::{Bytes, MAX_LANES, Simd};
 
-/// The token for AVX-512 F, BW, DQ and VL: 16 lanes.
+/// The token for AVX-512 F, BW, DQ and VL, and perhaps VNNI: 16 lanes.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512(());
+pub struct Avx512<const VNNI: bool = false>(());
 
-/// The token for AVX2 and FMA: 8 lanes.
+/// The token for AVX2, FMA and F16C: 8 lanes.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx2(());
 
-impl Avx512 {
+impl<const VNNI: bool> Avx512<VNNI> {
     /// # Safety
-    /// The machine has AVX-512 F, BW, DQ and VL, AVX2 and FMA.
+    /// The machine has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; and AVX-512 VNNI where this says so.
     #[inline(always)]
-    pub(in crate::cpu) unsafe fn new_unchecked() -> Avx512 {
+    pub(in crate::cpu) unsafe fn new_unchecked() -> Avx512<VNNI> {
         Avx512(())
     }
 }
 
 impl Avx2 {
     /// # Safety
-    /// The machine has AVX2 and FMA.
+    /// The machine has AVX2, FMA and F16C.
     #[inline(always)]
     pub(in crate::cpu) unsafe fn new_unchecked() -> Avx2 {
         Avx2(())
@@ -34,9 +34,9 @@ impl Avx2 {
 
 /// Methods that are one expression of intrinsics.
 macro_rules! methods {
-    ($(fn $name:ident(self $(, $arg:ident: $type:ty)*) -> $out:ty { $body:expr })*) => {$(
+    ($(fn $name:ident$(<const $n:ident: i32>)?(self $(, $arg:ident: $type:ty)*) -> $out:ty { $body:expr })*) => {$(
         #[inline(always)]
-        fn $name(self $(, $arg: $type)*) -> $out {
+        fn $name$(<const $n: i32>)?(self $(, $arg: $type)*) -> $out {
             // SAFETY: the token exists only where the machine has the instructions.
             unsafe { $body }
         }
@@ -65,7 +65,7 @@ fn lowest(n: usize) -> __mmask16 {
 /// The bits of √½, the least mantissa of `split_exponent`.
 const SQRT_HALF: i32 = std::f32::consts::FRAC_1_SQRT_2.to_bits() as i32;
 
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     type V = __m512;
@@ -265,6 +265,90 @@ impl Simd for Avx2 {
             let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         }}
+    }
+}
+
+impl<const VNNI: bool> Bytes for Avx512<VNNI> {
+    type B = __m512i;
+    type I = __m512i;
+
+    pointer_methods! {
+        fn load_bytes(self, from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
+        fn load_u8(self, from: *const u8) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())))
+        }
+        fn load_i8(self, from: *const u8) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))
+        }
+        fn load_f16(self, from: *const u8) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    methods! {
+        fn splat_bytes(self, four: i32) -> __m512i { _mm512_set1_epi32(four) }
+        fn and(self, b: __m512i, mask: u8) -> __m512i { _mm512_and_si512(b, _mm512_set1_epi8(mask as i8)) }
+        fn or(self, a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
+        fn shift_left<const N: i32>(self, b: __m512i) -> __m512i {
+            _mm512_sll_epi16(b, _mm_cvtsi32_si128(N))
+        }
+        fn shift_right<const N: i32>(self, b: __m512i) -> __m512i {
+            _mm512_srl_epi16(b, _mm_cvtsi32_si128(N))
+        }
+        fn splat_int(self, x: i32) -> __m512i { _mm512_set1_epi32(x) }
+        fn dot(self, sums: __m512i, w: __m512i, x: __m512i) -> __m512i {{
+            if VNNI {
+                _mm512_dpbusd_epi32(sums, w, x)
+            } else {
+                let pairs = _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
+                _mm512_add_epi32(sums, pairs)
+            }
+        }}
+        fn signed_dot(self, sums: __m512i, w: __m512i, x: __m512i) -> __m512i {{
+            if VNNI {
+                _mm512_dpbusd_epi32(sums, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x)
+            } else {
+                // |w| · x with the sign of w; two products of up to 128 · 127 fit into 16 bits.
+                let x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+                let pairs = _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w), x), _mm512_set1_epi16(1));
+                _mm512_add_epi32(sums, pairs)
+            }
+        }}
+        fn signed_start(self, x: i32) -> __m512i { _mm512_set1_epi32(if VNNI { -128 * x } else { 0 }) }
+        fn to_float(self, i: __m512i) -> __m512 { _mm512_cvtepi32_ps(i) }
+    }
+}
+
+impl Bytes for Avx2 {
+    type B = __m256i;
+    type I = __m256i;
+
+    pointer_methods! {
+        fn load_bytes(self, from: *const u8) -> __m256i { _mm256_loadu_si256(from.cast()) }
+        fn load_u8(self, from: *const u8) -> __m256 {
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())))
+        }
+        fn load_i8(self, from: *const u8) -> __m256 {
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast())))
+        }
+        fn load_f16(self, from: *const u8) -> __m256 { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    methods! {
+        fn splat_bytes(self, four: i32) -> __m256i { _mm256_set1_epi32(four) }
+        fn and(self, b: __m256i, mask: u8) -> __m256i { _mm256_and_si256(b, _mm256_set1_epi8(mask as i8)) }
+        fn or(self, a: __m256i, b: __m256i) -> __m256i { _mm256_or_si256(a, b) }
+        fn shift_left<const N: i32>(self, b: __m256i) -> __m256i { _mm256_slli_epi16::<N>(b) }
+        fn shift_right<const N: i32>(self, b: __m256i) -> __m256i { _mm256_srli_epi16::<N>(b) }
+        fn splat_int(self, x: i32) -> __m256i { _mm256_set1_epi32(x) }
+        fn dot(self, sums: __m256i, w: __m256i, x: __m256i) -> __m256i {{
+            let pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+            _mm256_add_epi32(sums, pairs)
+        }}
+        fn signed_dot(self, sums: __m256i, w: __m256i, x: __m256i) -> __m256i {
+            // |w| · x with the sign of w; two products of up to 128 · 127 fit into 16 bits.
+            Avx2(()).dot(sums, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+        }
+        fn signed_start(self, _x: i32) -> __m256i { _mm256_setzero_si256() }
+        fn to_float(self, i: __m256i) -> __m256 { _mm256_cvtepi32_ps(i) }
     }
 }
 
