@@ -412,7 +412,7 @@ impl Device {
                 let blocks = buffer.bytes_mut(offset, bytes);
                 gemm::encode_blocks(&cpu.pool, dtype, values, (rows, cols), blocks);
             }
-            (_, DType::Q8_0 | DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
+            (MatrixLayout::Rows, DType::Q4_K | DType::Q6_K, Device::Cpu(cpu)) => {
                 let (row, blocks) = (dtype.row_bytes(cols), buffer.bytes_mut(offset, bytes));
                 cpu.pool.chunks_mut(blocks, row, |at, blocks| {
                     quant::encode(dtype, &values[at / row * cols..][..cols], blocks);

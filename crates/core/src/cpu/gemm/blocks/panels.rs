@@ -94,7 +94,7 @@ impl Panel {
 
     /// Decodes the first numbers of a row.
     pub fn decode(self, lane: usize, panel: &[u8], out: &mut [f32]) {
-        let (part, value): (usize, fn(&[u8], usize, usize) -> Affine) = match self {
+        let (part, value): (usize, PartOf) = match self {
             Panel::Q8 => (PART, part_q8_0),
             Panel::Q4 => (PART, part_q4_k),
             Panel::Q6 => (PART / 2, part_q6_k),
@@ -109,6 +109,9 @@ impl Panel {
         }
     }
 }
+
+/// A part of a lane's block: the block, the lane, the part's number.
+type PartOf = fn(&[u8], usize, usize) -> Affine;
 
 /// Numbers scale · q − min.
 struct Affine {
