@@ -6,6 +6,7 @@ pub mod all_reduce;
 pub mod attention;
 pub mod causal_conv1d;
 pub mod cross_entropy;
+pub mod diagonal_scan;
 pub mod dropout;
 pub mod elementwise;
 pub mod embedding;

@@ -1,4 +1,4 @@
-//! exp, ln, sigmoid, softplus and their kin over vectors.
+//! exp, ln, sigmoid, softplus, sine and cosine and their kin over vectors.
 //!
 //! The error bounds stand beside the functions as constants, in units in the last place (ULP) of the exact result;
 //! `tests` checks them at every level of instructions. Polynomials are minimax fits (Remez) made for this file.
@@ -25,10 +25,17 @@ pub const SILU_TAIL: f64 = 2e-43;
 pub const SOFTPLUS_ULP: f64 = 4.0;
 /// Bound of [`dsilu`]: absolute, since it has a root at x ≈ −1.278.
 pub const DSILU_ERROR: f64 = 5e-7;
+/// Bound of [`sin_cos`] for |x| ≤ [`SIN_COS_LARGEST`]: absolute, since both have roots everywhere.
+pub const SIN_COS_ERROR: f64 = 1.2e-7;
+/// Where [`sin_cos`] keeps its bound.
+pub const SIN_COS_LARGEST: f32 = 1e4;
 
 /// ln 2 in two parts: the first has 10 bits, so that its product with an exponent is exact.
 const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
+
+/// π/2 in three parts: the first two have 11 bits, so that their products with a quadrant below 2¹³ are exact.
+const HALF_PI: [f32; 3] = [1.570_312_5, 4.837_513e-4, 7.549_79e-8];
 
 /// Where [`softplus`] becomes the identity, as in PyTorch. ln(1 + e⁻²⁰) is far below half a unit in the last place
 /// of 20, so this changes no result by more than rounding.
@@ -226,6 +233,30 @@ pub fn softplus<S: Simd>(s: S, x: S::V) -> S::V {
         ],
     );
     s.fma(e, factor, s.max(s.zero(), x))
+}
+
+/// (sin x, cos x) within [`SIN_COS_ERROR`] for |x| ≤ [`SIN_COS_LARGEST`]; beyond, the error grows with |x|, but
+/// neither leaves [−1, 1] by more than rounding. NaN at ±∞.
+#[inline(always)]
+pub fn sin_cos<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
+    // x = n · π/2 + r with |r| ≤ π/4.
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::FRAC_2_PI)));
+    let r = HALF_PI.iter().fold(x, |r, &part| s.fma(n, s.splat(-part), r));
+    // Far out r is noise, but the results still are sines of something. In this order min and max keep a NaN.
+    let r = s.max(s.splat(-0.8), s.min(s.splat(0.8), r));
+    let square = s.mul(r, r);
+    // (sin r − r) / r³ and (cos r − 1 + r²/2) / r⁴ on |r| ≤ π/4, within 2⁻²⁸ of sin r / r and 2⁻³³ of 1.
+    let sin = polynomial(s, square, [-0.166_666_55, 0.008_332_174, -0.000_195_166_56]);
+    let sin = s.fma(s.mul(r, square), sin, r);
+    let cos = polynomial(s, square, [0.041_666_647, -0.001_388_736_1, 2.443_773e-5]);
+    let cos = s.fma(s.mul(square, square), cos, s.fma(s.splat(-0.5), square, s.splat(1.0)));
+    // Odd quadrants exchange the two; the sine is negative in the third and fourth, the cosine in the second and third.
+    let quadrant = s.fma(s.splat(-4.0), s.floor(s.mul(n, s.splat(0.25))), n);
+    let odd = s.lt(s.abs(s.sub(s.abs(s.sub(quadrant, s.splat(2.0))), s.splat(1.0))), s.splat(0.5));
+    let (sine, cosine) = (s.select(odd, cos, sin), s.select(odd, sin, cos));
+    let sine = s.select(s.gt(quadrant, s.splat(1.5)), s.neg(sine), sine);
+    let second_or_third = s.lt(s.abs(s.sub(quadrant, s.splat(1.5))), s.splat(1.0));
+    (sine, s.select(second_or_third, s.neg(cosine), cosine))
 }
 
 /// `f` of one value, with the bits it has as a lane of a vector.

@@ -13,6 +13,8 @@ enum Function {
     Silu,
     Dsilu,
     Softplus,
+    Sin,
+    Cos,
 }
 
 /// Replaces each value by `f` of it. `f` sees whole vectors, the last one filled up with zeros.
@@ -50,6 +52,8 @@ impl Kernel for Apply<'_> {
             Function::Silu => map_in_place(s, self.1, |s, x| silu(s, x)),
             Function::Dsilu => map_in_place(s, self.1, |s, x| dsilu(s, x)),
             Function::Softplus => map_in_place(s, self.1, |s, x| softplus(s, x)),
+            Function::Sin => map_in_place(s, self.1, |s, x| sin_cos(s, x).0),
+            Function::Cos => map_in_place(s, self.1, |s, x| sin_cos(s, x).1),
         }
     }
 }
@@ -75,6 +79,8 @@ fn exact(function: Function, x: f64) -> f64 {
         Function::Silu => x * sigmoid64(x),
         Function::Dsilu => sigmoid64(x) * (1.0 + x * sigmoid64(-x)),
         Function::Softplus => x.max(0.0) + (-x.abs()).exp().ln_1p(),
+        Function::Sin => x.sin(),
+        Function::Cos => x.cos(),
     }
 }
 
@@ -160,6 +166,14 @@ fn errors_stay_within_the_stated_bounds() {
         let (error, at) = worst(isa, Function::Dsilu, |_, got, want| (got - want).abs());
         println!("{isa} Dsilu: {error:.3e} at {at}");
         assert!(error <= DSILU_ERROR, "{isa}: dsilu is off by {error} at {at}");
+        for function in [Function::Sin, Function::Cos] {
+            let (error, at) = worst(isa, function, |x, got, want| {
+                let beyond = x.abs() > f64::from(SIN_COS_LARGEST);
+                if beyond { got.abs() - 1.0 } else { (got - want).abs() }
+            });
+            println!("{isa} {function:?}: {error:.3e} at {at}");
+            assert!(error <= SIN_COS_ERROR, "{isa}: {function:?} is off by {error} at {at}");
+        }
     }
 }
 
@@ -189,6 +203,11 @@ fn special_values() {
         (ExpM1, INF, INF),
         (ExpM1, -INF, -1.0),
         (ExpM1, 89.0, INF),
+        (Sin, 0.0, 0.0),
+        (Sin, INF, NAN),
+        (Sin, tiny, tiny),
+        (Cos, 0.0, 1.0),
+        (Cos, -INF, NAN),
         (Ln, 0.0, -INF),
         (Ln, -0.0, -INF),
         (Ln, 1.0, 0.0),
