@@ -192,7 +192,7 @@ impl ScanOrder {
                 let along = (layer / 2 + axes - 2) % axes;
                 let order: Vec<usize> = (0..axes).filter(|&axis| axis != along).chain([along]).collect();
                 let found = sweep(grid, &order, &[false; 3], false);
-                if layer % 2 == 0 { found } else { found.reversed() }
+                if layer.is_multiple_of(2) { found } else { found.reversed() }
             }
             // The window, then the place inside of it; the rests, then what they are rests of.
             Curve::Window(k) => self.by_key(|place| [place.map(|x| x / k), place.map(|x| x % k)]),
