@@ -9,6 +9,10 @@ use crate::cuts::{Outcome, in_chunks, near, packed, same, through_files, whole};
 
 /// Layers that are sequential in time: cuts change no bit.
 const EXACT: &str = "mamba1(d_state=4), 2*attention(heads=2, kv_heads=1, headdim=8, window=20)+mlp, mamba1(d_conv=1)";
+/// S6 with and without each of its parts.
+const S6: &str = "s6(d_state=4, discretization=zoh), s6(d_state=4, a=lin, dt=fixed, gate=false), \
+                  s6(d_state=4, a=legs, b=fixed, discretization=zoh, d_conv=0), s6(d_state=3, a=random, c=fixed), \
+                  s6(d_state=4, a=inv, dt=fixed, b=fixed, c=fixed, d_conv=1), s6(a=constant, gate=false, d_conv=0)";
 /// With a layer that adds in another order where cuts are off its grid.
 const ALL: &str = "mamba2(d_state=8, chunk_size=16), mamba1+mlp, attention(heads=2, headdim=8)+mlp";
 
@@ -67,7 +71,7 @@ fn check(exact: bool, found: &Outcome, expected: &Outcome, what: &str) {
 
 #[test]
 fn layers_in_a_row_do_not_see_the_cuts() {
-    for (pattern, exact) in [(EXACT, true), (ALL, false)] {
+    for (pattern, exact) in [(EXACT, true), (S6, true), (ALL, false)] {
         let scratch = folder();
         let loaded = load(&train(scratch.path(), &format!("{pattern:?}")));
         let mut draws = Draws::new(4);
@@ -107,6 +111,11 @@ fn impossible_layers_are_named() {
         ("layers = \"attention(rotary_dims=64)\"", &["rotary_dims is 64"]),
         ("layers = \"attention(heads=3, kv_heads=2)\"", &["heads (3)", "kv_heads"]),
         ("layers = \"attention(rotary_base=1)\"", &["rotary_base is 1"]),
+        ("layers = \"s6(d_state=3, a=lin)\"", &["layer 0: d_state (3) is not a multiple of a conjugate pair (2)"]),
+        ("layers = \"s6(d_state=0)\"", &["layer 0: d_state is 0"]),
+        ("layers = \"s6(a=hippo)\"", &["unknown variant `hippo`", "`real`, `random`", "`legs`"]),
+        ("layers = \"s6(dt=no)\"", &["unknown variant `no`", "`selective` or `fixed`"]),
+        ("layers = \"s6(discretization=tustin)\"", &["`euler` or `zoh`"]),
         ("layers = \"mamba1\"\nbias = 4", &["bias", "expected a boolean"]),
     ] {
         fs::write(&file, format!("[model]\nd_model = 16\n{model}\n")).unwrap();

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::{AttentionConfig, Check};
+use crate::mixers::{AttentionConfig, Check, S6Config, Transition};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -81,6 +81,8 @@ pub enum Mixer {
     Mamba2(Mamba2Config),
     /// Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions.
     Attention(AttentionConfig),
+    /// Mamba-1's block with every part optional.
+    S6(S6Config),
 }
 
 /// A Mamba-1 mixer.
@@ -365,6 +367,13 @@ pub enum Init {
     },
     /// log 1, log 2, …, log N along the last dimension: A = −(1 … N), S4D-Real (Gu et al. 2022, arXiv 2206.11893).
     LogRange,
+    /// Im A of a complex transition along the last dimension, n = 0, 1, …
+    Frequencies(Transition),
+    /// One number.
+    Constant {
+        /// The number.
+        value: f32,
+    },
     /// log of U(low, high): A of Mamba-2.
     LogUniform {
         /// Smallest value before the logarithm.

@@ -4,8 +4,10 @@
 //! not depend on which others exist, on their order or on threads.
 
 use crate::config::{Init, ModelConfig, ParamSpec};
+use crate::mixers::Transition;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::f64::consts::PI;
 
 /// Tensors that are in memory at once beside the model.
 const MOST_AT_ONCE: usize = 8;
@@ -44,6 +46,11 @@ pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
             let bound = f64::from(bound);
             (0..n).map(|_| ((2.0 * random.next() - 1.0) * bound) as f32).collect()
         }
+        Init::Frequencies(transition) => {
+            let row = frequencies(transition, p.shape.last().copied().unwrap_or(0));
+            row.iter().cycle().take(n).map(|&f| f as f32).collect()
+        }
+        Init::Constant { value } => vec![value; n],
         Init::LogUniform { low, high } => {
             let (low, high) = (f64::from(low), f64::from(high));
             (0..n).map(|_| (low + (high - low) * random.next()).ln() as f32).collect()
@@ -55,6 +62,39 @@ pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
             (0..n).map(|_| draw()).map(|dt| (dt + (-(-dt).exp_m1()).ln()) as f32).collect()
         }
         Init::Normal { std } => (0..n).map(|_| (random.normal() * f64::from(std)) as f32).collect(),
+    }
+}
+
+/// Imaginary parts of the upper one of each of `pairs` conjugate pairs; 0 of what is real.
+fn frequencies(transition: Transition, pairs: usize) -> Vec<f64> {
+    let size = 2.0 * pairs as f64;
+    let of = |k: usize| match transition {
+        Transition::Lin => PI * k as f64,
+        Transition::Inv => size / PI * (size / (2.0 * k as f64 + 1.0) - 1.0),
+        Transition::Legs => legs_frequency(k, 2 * pairs),
+        Transition::Real | Transition::Random | Transition::Constant => 0.0,
+    };
+    (0..pairs).map(of).collect()
+}
+
+/// The k-th positive imaginary eigenvalue iω of the skew-symmetric part S of HiPPO-LegS of even size n.
+///
+/// S_jk = ∓P_j P_k below and above the diagonal with P_j² = j + ½. With the partial sums of P_k v_k, S v = iωv becomes a
+/// product of n factors (iω − P_j²)/(iω + P_j²) that must be −1, which is Σ_j atan(ω/(j + ½)) = π/2 + kπ: rising in ω.
+fn legs_frequency(k: usize, n: usize) -> f64 {
+    let turns = |omega: f64| (0..n).map(|j| (omega / (j as f64 + 0.5)).atan()).sum::<f64>();
+    let sought = PI / 2.0 + PI * k as f64;
+    let (mut low, mut high) = (0.0, 1.0);
+    while turns(high) < sought {
+        high *= 2.0;
+    }
+    // Until no number lies between the two.
+    loop {
+        let middle = 0.5 * (low + high);
+        if middle <= low || middle >= high {
+            return middle;
+        }
+        if turns(middle) < sought { low = middle } else { high = middle }
     }
 }
 
@@ -97,6 +137,17 @@ mod tests {
 
     fn softplus(x: f64) -> f64 {
         x.exp().ln_1p()
+    }
+
+    #[test]
+    fn frequencies_are_the_published_ones() {
+        // math.md, section 2.
+        let legs = [0.427489, 1.957794, 5.354209, 19.857410];
+        for (found, expected) in frequencies(Transition::Legs, 4).iter().zip(legs) {
+            assert!((found - expected).abs() < 1e-6, "{found}");
+        }
+        assert_eq!(frequencies(Transition::Lin, 3), [0.0, PI, 2.0 * PI]);
+        assert!((frequencies(Transition::Inv, 2)[1] - 4.0 / PI / 3.0).abs() < 1e-12);
     }
 
     #[test]

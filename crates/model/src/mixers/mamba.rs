@@ -6,7 +6,7 @@ use crate::config::{
 };
 
 /// Range and floor of Δ at initialisation (Mamba, section 3.6, and mamba-ssm's defaults).
-const DT_INIT: Init = Init::DtBias { min: 1e-3, max: 0.1, floor: 1e-4 };
+pub(super) const DT_INIT: Init = Init::DtBias { min: 1e-3, max: 0.1, floor: 1e-4 };
 
 impl Mamba1Config {
     /// mamba-ssm's defaults: expansion 2, states of 16, convolution over 4, rank ⌈d_model/16⌉.
@@ -146,6 +146,6 @@ impl Kind for Mamba2Config {
 }
 
 /// As many times the new width of the model as it was of the old one.
-fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
+pub(super) fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
     (d_inner / old.max(1)).max(1) * new
 }

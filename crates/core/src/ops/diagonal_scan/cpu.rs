@@ -13,9 +13,7 @@ use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::graph::{Io, Mat};
-use crate::ops::tasks::{
-    ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors,
-};
+use crate::ops::tasks::{ChannelBlocks, Scratch, SegmentGroups, Segments, run_with_slots, transpose_rows, vectors};
 use crate::ops::vectors::{load, store};
 
 /// Channels of a task, whole vectors at every level.
@@ -133,8 +131,7 @@ impl Block<'_> {
             let (channel, lanes) = self.vector::<S>(v);
             let mut sources = [(None, std::ptr::null_mut()); 4];
             for (part, a) in self.inputs.a.into_iter().enumerate() {
-                sources[part] =
-                    (a, self.parameter::<S>(v, 0).wrapping_add(part * self.forward.states * S::LANES));
+                sources[part] = (a, self.parameter::<S>(v, 0).wrapping_add(part * self.forward.states * S::LANES));
             }
             for (i, m) in [self.inputs.b, self.inputs.c].into_iter().enumerate() {
                 sources[2 + i] = (Some(m).filter(|_| self.forward.fixed[i]), self.parameter::<S>(v, 1 + i));
@@ -422,12 +419,7 @@ impl Walk<'_> {
 
 /// y + κ Re(c · h).
 #[inline(always)]
-fn add_output<S: Simd, const COMPLEX: bool>(
-    f: Numbers<S, COMPLEX>,
-    c: Number<S::V>,
-    h: Number<S::V>,
-    y: S::V,
-) -> S::V {
+fn add_output<S: Simd, const COMPLEX: bool>(f: Numbers<S, COMPLEX>, c: Number<S::V>, h: Number<S::V>, y: S::V) -> S::V {
     let s = f.0;
     if !COMPLEX {
         return s.fma(c.re, h.re, y);

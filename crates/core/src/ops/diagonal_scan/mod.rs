@@ -131,12 +131,8 @@ pub fn diagonal_scan(g: &mut Graph, scan: DiagonalScan) -> Result<Scanned, Error
     let y = g.new_tensor(dtype, tokens, channels);
     let final_state = g.new_tensor(DType::F32, segments, width * channels);
     let chunk_states = g.new_tensor(DType::F32, tokens / chunk_len(width) + segments, width * channels);
-    let op = Forward {
-        states,
-        planes,
-        fixed: [scan.b.is_fixed(), scan.c.is_fixed()],
-        discretisation: scan.discretisation,
-    };
+    let op =
+        Forward { states, planes, fixed: [scan.b.is_fixed(), scan.c.is_fixed()], discretisation: scan.discretisation };
     let inputs = vec![
         Some(scan.x),
         Some(scan.a),

@@ -100,8 +100,7 @@ pub fn diagonal_scan(op: &Operands<'_>) -> (Vec<f64>, Vec<f64>) {
                         Discretisation::Zoh => Complex(delta, 0.0) * z.phi(),
                     };
                     let at = state * d + channel;
-                    let h = z.exp() * number(states, at, n * d)
-                        + factor * of(op.b, op.b_is_fixed) * Complex(x, 0.0);
+                    let h = z.exp() * number(states, at, n * d) + factor * of(op.b, op.b_is_fixed) * Complex(x, 0.0);
                     states[at] = h.0;
                     if planes == 2 {
                         states[at + n * d] = h.1;
