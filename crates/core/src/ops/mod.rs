@@ -13,6 +13,8 @@ pub mod gated_rms_norm;
 pub mod gather_rows;
 pub mod layout;
 pub mod linear;
+pub mod lti_discretise;
+pub mod lti_scan;
 pub mod norm;
 pub mod rotary;
 pub mod sample;
