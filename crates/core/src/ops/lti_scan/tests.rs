@@ -2,7 +2,6 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 
 use super::{LtiScan, Scanned, chunk_len, chunk_row, lti_scan, reference};
-use crate::cpu::isa::Isa;
 use crate::graph::Recompute;
 use crate::ops::layout::split;
 use crate::ops::testing::{Case, Value, check_op};
