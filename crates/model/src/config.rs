@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::{AttentionConfig, Check};
+use crate::mixers::{AttentionConfig, Check, Diagonal, H3Config, S4Config, S4dConfig};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -81,6 +81,12 @@ pub enum Mixer {
     Mamba2(Mamba2Config),
     /// Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions.
     Attention(AttentionConfig),
+    /// A time-invariant SSM with a diagonal A in each channel (Gu et al. 2022, arXiv 2206.11893).
+    S4d(S4dConfig),
+    /// A time-invariant SSM with a diagonal A plus rank one in each channel (Gu, Goel & Ré 2021, arXiv 2111.00396).
+    S4(S4Config),
+    /// A shift SSM and a diagonal one between products (Fu et al. 2022, arXiv 2212.14052).
+    H3(H3Config),
 }
 
 /// A Mamba-1 mixer.
@@ -346,7 +352,7 @@ pub enum ParamKind {
     Norm,
     /// Bias of a matrix product or of a convolution.
     Bias,
-    /// A_log, D or the bias of Δ: always f32.
+    /// A, D, Δ or its bias, and B, C and P where they are no projections: always f32.
     Ssm,
 }
 
@@ -380,6 +386,21 @@ pub enum Init {
         max: f32,
         /// Δ is raised to this.
         floor: f32,
+    },
+    /// log of −Re A of a diagonal SSM, `[N/2, D]`.
+    LogDecay(Diagonal),
+    /// Im A of a diagonal SSM, `[N/2, D]`.
+    Frequency(Diagonal),
+    /// B of HiPPO-LegS in the coordinates in which its normal part is diagonal, `[N, D]`: complex numbers as two rows.
+    LegsInput,
+    /// P of its part of rank one, likewise.
+    LegsLowRank,
+    /// log Δ, uniform between the logarithms of both.
+    LogStep {
+        /// Smallest Δ.
+        min: f32,
+        /// Largest Δ.
+        max: f32,
     },
     /// All 1.
     Ones,

@@ -4,6 +4,10 @@
 //! not depend on which others exist, on their order or on threads.
 
 use crate::config::{Init, ModelConfig, ParamSpec};
+use crate::legs::Legs;
+use crate::mixers::Diagonal;
+use std::f64::consts::{LN_2, PI};
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -54,7 +58,44 @@ pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
             // softplus(dt + ln(1 − e^−dt)) = dt, written with expm1 so that small Δ keep their digits.
             (0..n).map(|_| draw()).map(|dt| (dt + (-(-dt).exp_m1()).ln()) as f32).collect()
         }
+        Init::LogDecay(Diagonal::Random) => (0..n).map(|_| (random.normal() - LN_2) as f32).collect(),
+        Init::LogDecay(Diagonal::Real) => rows(p, |m| (m as f64 + 1.0).ln()),
+        Init::LogDecay(_) => vec![-LN_2 as f32; n],
+        Init::Frequency(Diagonal::Random) => {
+            let scale = PI * p.shape[0] as f64;
+            (0..n).map(|_| (scale * random.next()) as f32).collect()
+        }
+        Init::Frequency(diagonal) => frequencies(diagonal, p),
+        Init::LegsInput | Init::LegsLowRank => {
+            let legs = Legs::new(p.shape[0]);
+            let of = if p.init == Init::LegsInput { &legs.b } else { &legs.p };
+            rows(p, |row| if row % 2 == 0 { of[row / 2].re } else { of[row / 2].im })
+        }
+        Init::LogStep { min, max } => {
+            let (low, high) = (f64::from(min).ln(), f64::from(max).ln());
+            (0..n).map(|_| (low + (high - low) * random.next()) as f32).collect()
+        }
         Init::Normal { std } => (0..n).map(|_| (random.normal() * f64::from(std)) as f32).collect(),
+    }
+}
+
+/// A matrix whose rows are constant.
+fn rows(p: &ParamSpec, value: impl Fn(usize) -> f64) -> Vec<f32> {
+    let cols = p.shape.last().copied().unwrap_or(1);
+    (0..p.shape[0]).flat_map(|row| std::iter::repeat_n(value(row) as f32, cols)).collect()
+}
+
+/// Imaginary parts of a diagonal that does not start at random.
+fn frequencies(diagonal: Diagonal, p: &ParamSpec) -> Vec<f32> {
+    let d_state = 2.0 * p.shape[0] as f64;
+    match diagonal {
+        Diagonal::Lin => rows(p, |m| PI * m as f64),
+        Diagonal::Inv => rows(p, |m| d_state / PI * (d_state / (2.0 * m as f64 + 1.0) - 1.0)),
+        Diagonal::Legs => {
+            let legs = Legs::new(2 * p.shape[0]);
+            rows(p, |m| legs.omega[m])
+        }
+        Diagonal::Real | Diagonal::Random => vec![0.0; p.numel()],
     }
 }
 
@@ -97,6 +138,29 @@ mod tests {
 
     fn softplus(x: f64) -> f64 {
         x.exp().ln_1p()
+    }
+
+    #[test]
+    fn diagonals_are_those_of_the_theory() {
+        use hognose_theory::s4d;
+        let of = |init: Init, rows: usize| {
+            let p = ParamSpec::new("x", [rows, 3], crate::config::ParamKind::Ssm, init);
+            initial_values(&p, 1).chunks(3).map(|row| row[2]).collect::<Vec<f32>>()
+        };
+        let pairs =
+            [(Diagonal::Lin, s4d::Init::Lin), (Diagonal::Inv, s4d::Init::Inv), (Diagonal::Legs, s4d::Init::LegS)];
+        for (ours, theirs) in pairs {
+            let (decay, frequency) = (of(Init::LogDecay(ours), 8), of(Init::Frequency(ours), 8));
+            for (m, expected) in theirs.diagonal(16).unwrap().into_iter().enumerate() {
+                assert!((f64::from(-decay[m].exp()) - expected.re).abs() < 1e-6, "{ours:?}");
+                assert!((f64::from(frequency[m]) - expected.im).abs() < 1e-6 * expected.im.abs().max(1.0), "{ours:?}");
+            }
+        }
+        let decay = of(Init::LogDecay(Diagonal::Real), 4);
+        assert!((decay[3].exp() - 4.0).abs() < 1e-6 && of(Init::Frequency(Diagonal::Real), 4) == [0.0; 4]);
+        assert!(of(Init::Frequency(Diagonal::Random), 4).iter().all(|w| (0.0..13.0).contains(w)));
+        let steps = of(Init::LogStep { min: 1e-3, max: 0.1 }, 100);
+        assert!(steps.iter().all(|dt| (0.000_999..0.100_1).contains(&dt.exp())));
     }
 
     #[test]

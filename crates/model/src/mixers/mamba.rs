@@ -146,6 +146,6 @@ impl Kind for Mamba2Config {
 }
 
 /// As many times the new width of the model as it was of the old one.
-fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
+pub(super) fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
     (d_inner / old.max(1)).max(1) * new
 }

@@ -2,9 +2,11 @@
 //! and parameters.
 
 mod attention;
+mod lti;
 mod mamba;
 
 pub use attention::AttentionConfig;
+pub use lti::{Diagonal, Discretization, H3Config, S4Config, S4dConfig};
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
 
@@ -34,7 +36,7 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 3] = ["mamba1", "mamba2", "attention"];
+    pub const KINDS: [&str; 6] = ["mamba1", "mamba2", "attention", "s4d", "s4", "h3"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -42,6 +44,9 @@ impl Mixer {
             "mamba1" => Mixer::Mamba1(Mamba1Config::of_width(d_model)),
             "mamba2" => Mixer::Mamba2(Mamba2Config::of_width(d_model)),
             "attention" => Mixer::Attention(AttentionConfig::of_width(d_model)),
+            "s4d" => Mixer::S4d(S4dConfig::of_width(d_model)),
+            "s4" => Mixer::S4(S4Config::of_width(d_model)),
+            "h3" => Mixer::H3(H3Config::of_width(d_model)),
             _ => return None,
         })
     }
@@ -51,6 +56,9 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::S4d(m) => m,
+            Mixer::S4(m) => m,
+            Mixer::H3(m) => m,
         }
     }
 
@@ -59,6 +67,9 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::S4d(m) => m,
+            Mixer::S4(m) => m,
+            Mixer::H3(m) => m,
         }
     }
 

@@ -2,6 +2,7 @@
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
 mod attention;
+mod lti;
 mod mamba1;
 mod mamba2;
 mod mlp;
@@ -20,6 +21,7 @@ use hognose_core::ops::norm::{layer_norm_to, rms_norm_to};
 use hognose_core::{DType, Error, Graph, TensorId};
 
 use crate::config::{Mixer, ModelConfig, NormKind, ParamSpec};
+use crate::mixers::Discretization;
 use crate::state::LayerState;
 use crate::weights::{Form, ROUNDED, matrix_shape};
 
@@ -235,6 +237,9 @@ impl<'a> Recorder<'a> {
                 Mixer::Mamba1(m) => self.mamba1(i, &name, m, &widths, normed)?,
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
                 Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
+                Mixer::S4d(m) => self.s4(i, &name, m.discretization, &widths, normed)?,
+                Mixer::S4(_) => self.s4(i, &name, Discretization::Bilinear, &widths, normed)?,
+                Mixer::H3(m) => self.h3(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);
