@@ -9,6 +9,8 @@ use crate::cuts::{Outcome, in_chunks, near, packed, same, through_files, whole};
 
 /// Layers that are sequential in time: cuts change no bit.
 const EXACT: &str = "mamba1(d_state=4), 2*attention(heads=2, kv_heads=1, headdim=8, window=20)+mlp, mamba1(d_conv=1)";
+/// The baselines are sequential in time, too.
+const BASELINES: &str = "gated_conv(d_conv=5), lstm(d_inner=12), gru+mlp";
 /// With a layer that adds in another order where cuts are off its grid.
 const ALL: &str = "mamba2(d_state=8, chunk_size=16), mamba1+mlp, attention(heads=2, headdim=8)+mlp";
 
@@ -67,7 +69,7 @@ fn check(exact: bool, found: &Outcome, expected: &Outcome, what: &str) {
 
 #[test]
 fn layers_in_a_row_do_not_see_the_cuts() {
-    for (pattern, exact) in [(EXACT, true), (ALL, false)] {
+    for (pattern, exact) in [(EXACT, true), (BASELINES, true), (ALL, false)] {
         let scratch = folder();
         let loaded = load(&train(scratch.path(), &format!("{pattern:?}")));
         let mut draws = Draws::new(4);
@@ -107,6 +109,8 @@ fn impossible_layers_are_named() {
         ("layers = \"attention(rotary_dims=64)\"", &["rotary_dims is 64"]),
         ("layers = \"attention(heads=3, kv_heads=2)\"", &["heads (3)", "kv_heads"]),
         ("layers = \"attention(rotary_base=1)\"", &["rotary_base is 1"]),
+        ("layers = \"lstm(d_inner=0)\"", &["layer 0: d_inner is 0"]),
+        ("layers = \"gated_conv(d_conv=0)\"", &["layer 0: d_conv is 0"]),
         ("layers = \"mamba1\"\nbias = 4", &["bias", "expected a boolean"]),
     ] {
         fs::write(&file, format!("[model]\nd_model = 16\n{model}\n")).unwrap();

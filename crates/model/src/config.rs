@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::{AttentionConfig, Check};
+use crate::mixers::{AttentionConfig, Check, GatedConvConfig, GruConfig, LstmConfig};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -81,6 +81,12 @@ pub enum Mixer {
     Mamba2(Mamba2Config),
     /// Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) with rotary positions.
     Attention(AttentionConfig),
+    /// A gated causal convolution (Dauphin et al. 2017, arXiv 1612.08083), the baseline without a recurrence.
+    GatedConv(GatedConvConfig),
+    /// Long short-term memory (Hochreiter & Schmidhuber 1997).
+    Lstm(LstmConfig),
+    /// The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078).
+    Gru(GruConfig),
 }
 
 /// A Mamba-1 mixer.
@@ -342,6 +348,8 @@ pub enum ParamKind {
     Matrix,
     /// The weight of a depthwise convolution, `[channels, 1, width]`.
     Convolution,
+    /// A matrix that a state meets at every step: f32 and row-major in any form.
+    Recurrent,
     /// Weight or bias of a norm.
     Norm,
     /// Bias of a matrix product or of a convolution.
@@ -404,7 +412,7 @@ pub struct ParamSpec {
 
 impl ParamSpec {
     pub(crate) fn new<const R: usize>(name: impl Into<String>, shape: [usize; R], kind: ParamKind, init: Init) -> Self {
-        let weight_decay = matches!(kind, ParamKind::Embedding | ParamKind::Matrix | ParamKind::Convolution);
+        let weight_decay = !matches!(kind, ParamKind::Norm | ParamKind::Bias | ParamKind::Ssm);
         ParamSpec { name: name.into(), shape: shape.to_vec(), kind, init, weight_decay }
     }
 

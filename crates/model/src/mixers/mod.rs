@@ -2,9 +2,13 @@
 //! and parameters.
 
 mod attention;
+mod gated_conv;
 mod mamba;
+mod rnn;
 
 pub use attention::AttentionConfig;
+pub use gated_conv::GatedConvConfig;
+pub use rnn::{GruConfig, LstmConfig, RnnConfig};
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
 
@@ -34,7 +38,7 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 3] = ["mamba1", "mamba2", "attention"];
+    pub const KINDS: [&str; 6] = ["mamba1", "mamba2", "attention", "gated_conv", "lstm", "gru"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -42,6 +46,9 @@ impl Mixer {
             "mamba1" => Mixer::Mamba1(Mamba1Config::of_width(d_model)),
             "mamba2" => Mixer::Mamba2(Mamba2Config::of_width(d_model)),
             "attention" => Mixer::Attention(AttentionConfig::of_width(d_model)),
+            "gated_conv" => Mixer::GatedConv(GatedConvConfig::of_width(d_model)),
+            "lstm" => Mixer::Lstm(LstmConfig::of_width(d_model)),
+            "gru" => Mixer::Gru(GruConfig::of_width(d_model)),
             _ => return None,
         })
     }
@@ -51,6 +58,9 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -59,6 +69,9 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -130,4 +143,9 @@ impl Check {
     ) -> Result<(), ConfigError> {
         if holds { Ok(()) } else { Err(ConfigError::Number { what: self.what(what), found, expected }) }
     }
+}
+
+/// As many times the new width of the model as it was of the old one.
+fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
+    (d_inner / old.max(1)).max(1) * new
 }

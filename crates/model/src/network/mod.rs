@@ -2,9 +2,11 @@
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
 mod attention;
+mod gated_conv;
 mod mamba1;
 mod mamba2;
 mod mlp;
+mod rnn;
 mod step;
 
 pub use step::has_step;
@@ -235,6 +237,9 @@ impl<'a> Recorder<'a> {
                 Mixer::Mamba1(m) => self.mamba1(i, &name, m, &widths, normed)?,
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
                 Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
+                Mixer::GatedConv(m) => self.gated_conv(i, &name, m, &widths, normed)?,
+                Mixer::Lstm(m) => self.rnn(i, &name, m, &widths, normed)?,
+                Mixer::Gru(m) => self.rnn(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);
