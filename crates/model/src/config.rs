@@ -6,7 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::{AttentionConfig, Check, Diagonal, H3Config, S4Config, S4dConfig};
+use crate::mixers::{
+    AttentionConfig, Check, Diagonal, GatedConvConfig, GruConfig, H3Config, LstmConfig, S4Config, S4dConfig,
+};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -87,6 +89,12 @@ pub enum Mixer {
     S4(S4Config),
     /// A shift SSM and a diagonal one between products (Fu et al. 2022, arXiv 2212.14052).
     H3(H3Config),
+    /// A gated causal convolution (Dauphin et al. 2017, arXiv 1612.08083), the baseline without a recurrence.
+    GatedConv(GatedConvConfig),
+    /// Long short-term memory (Hochreiter & Schmidhuber 1997).
+    Lstm(LstmConfig),
+    /// The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078).
+    Gru(GruConfig),
 }
 
 /// A Mamba-1 mixer.
@@ -348,6 +356,8 @@ pub enum ParamKind {
     Matrix,
     /// The weight of a depthwise convolution, `[channels, 1, width]`.
     Convolution,
+    /// A matrix that a state meets at every step: f32 and row-major in any form.
+    Recurrent,
     /// Weight or bias of a norm.
     Norm,
     /// Bias of a matrix product or of a convolution.
@@ -425,7 +435,7 @@ pub struct ParamSpec {
 
 impl ParamSpec {
     pub(crate) fn new<const R: usize>(name: impl Into<String>, shape: [usize; R], kind: ParamKind, init: Init) -> Self {
-        let weight_decay = matches!(kind, ParamKind::Embedding | ParamKind::Matrix | ParamKind::Convolution);
+        let weight_decay = !matches!(kind, ParamKind::Norm | ParamKind::Bias | ParamKind::Ssm);
         ParamSpec { name: name.into(), shape: shape.to_vec(), kind, init, weight_decay }
     }
 

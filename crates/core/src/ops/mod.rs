@@ -16,6 +16,7 @@ pub mod linear;
 pub mod lti_discretise;
 pub mod lti_scan;
 pub mod norm;
+pub mod rnn;
 pub mod rotary;
 pub mod sample;
 pub mod scan_step;

@@ -144,7 +144,7 @@ impl Kind for S4dConfig {
     }
 
     fn resize(&mut self, old: usize, new: usize) {
-        self.d_inner = super::mamba::expanded(self.d_inner, old, new);
+        self.d_inner = super::expanded(self.d_inner, old, new);
     }
 
     fn state(&self) -> Vec<(&'static str, usize)> {
@@ -176,7 +176,7 @@ impl Kind for S4Config {
     }
 
     fn resize(&mut self, old: usize, new: usize) {
-        self.d_inner = super::mamba::expanded(self.d_inner, old, new);
+        self.d_inner = super::expanded(self.d_inner, old, new);
     }
 
     fn state(&self) -> Vec<(&'static str, usize)> {
@@ -210,7 +210,7 @@ impl Kind for H3Config {
     }
 
     fn resize(&mut self, old: usize, new: usize) {
-        self.d_inner = super::mamba::expanded(self.d_inner, old, new);
+        self.d_inner = super::expanded(self.d_inner, old, new);
     }
 
     fn state(&self) -> Vec<(&'static str, usize)> {

@@ -2,11 +2,15 @@
 //! and parameters.
 
 mod attention;
+mod gated_conv;
 mod lti;
 mod mamba;
+mod rnn;
 
 pub use attention::AttentionConfig;
+pub use gated_conv::GatedConvConfig;
 pub use lti::{Diagonal, Discretization, H3Config, S4Config, S4dConfig};
+pub use rnn::{GruConfig, LstmConfig, RnnConfig};
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
 
@@ -36,7 +40,7 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 6] = ["mamba1", "mamba2", "attention", "s4d", "s4", "h3"];
+    pub const KINDS: [&str; 9] = ["mamba1", "mamba2", "attention", "s4d", "s4", "h3", "gated_conv", "lstm", "gru"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -47,6 +51,9 @@ impl Mixer {
             "s4d" => Mixer::S4d(S4dConfig::of_width(d_model)),
             "s4" => Mixer::S4(S4Config::of_width(d_model)),
             "h3" => Mixer::H3(H3Config::of_width(d_model)),
+            "gated_conv" => Mixer::GatedConv(GatedConvConfig::of_width(d_model)),
+            "lstm" => Mixer::Lstm(LstmConfig::of_width(d_model)),
+            "gru" => Mixer::Gru(GruConfig::of_width(d_model)),
             _ => return None,
         })
     }
@@ -59,6 +66,9 @@ impl Mixer {
             Mixer::S4d(m) => m,
             Mixer::S4(m) => m,
             Mixer::H3(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -70,6 +80,9 @@ impl Mixer {
             Mixer::S4d(m) => m,
             Mixer::S4(m) => m,
             Mixer::H3(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -141,4 +154,9 @@ impl Check {
     ) -> Result<(), ConfigError> {
         if holds { Ok(()) } else { Err(ConfigError::Number { what: self.what(what), found, expected }) }
     }
+}
+
+/// As many times the new width of the model as it was of the old one.
+fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
+    (d_inner / old.max(1)).max(1) * new
 }

@@ -2,10 +2,12 @@
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
 mod attention;
+mod gated_conv;
 mod lti;
 mod mamba1;
 mod mamba2;
 mod mlp;
+mod rnn;
 mod step;
 
 pub use step::has_step;
@@ -240,6 +242,9 @@ impl<'a> Recorder<'a> {
                 Mixer::S4d(m) => self.s4(i, &name, m.discretization, &widths, normed)?,
                 Mixer::S4(_) => self.s4(i, &name, Discretization::Bilinear, &widths, normed)?,
                 Mixer::H3(m) => self.h3(i, &name, m, &widths, normed)?,
+                Mixer::GatedConv(m) => self.gated_conv(i, &name, m, &widths, normed)?,
+                Mixer::Lstm(m) => self.rnn(i, &name, m, &widths, normed)?,
+                Mixer::Gru(m) => self.rnn(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);
