@@ -149,16 +149,7 @@ fn bits(out: &BTreeMap<String, Value>) -> Vec<(&String, Vec<u64>)> {
 const GUARD: (usize, u8) = (64, 0xA5);
 
 /// Ops that have no kernel for GPUs yet.
-const CPU_ONLY: [&str; 8] = [
-    "attention",
-    "attention_grad",
-    "rotary",
-    "rotary_grad",
-    "lti_discretise",
-    "lti_discretise_grad",
-    "lti_scan",
-    "lti_scan_grad",
-];
+const CPU_ONLY: [&str; 4] = ["attention", "attention_grad", "rotary", "rotary_grad"];
 
 /// A graph with values for its inputs.
 #[derive(Default)]

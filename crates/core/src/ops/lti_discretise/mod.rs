@@ -17,11 +17,13 @@
 //! Everything is computed in f64 and rounded once.
 
 mod cpu;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::Launcher;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -144,6 +146,10 @@ impl Op for Forward {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self.method, io, cpu);
     }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self.method, io, launcher)
+    }
 }
 
 /// Inputs: those above, the gradients of ā, b̄, u, v. Outputs: the gradients of the forward op's inputs, in their order.
@@ -167,5 +173,9 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run_grad(self.method, io, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(self.method, io, launcher)
     }
 }

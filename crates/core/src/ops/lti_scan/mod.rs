@@ -20,11 +20,13 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -192,6 +194,10 @@ impl Op for Forward {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self, io, cpu);
     }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
+    }
 }
 
 /// Inputs: those above without the initial state, dy, the gradient of the final state, the states at chunk starts.
@@ -225,5 +231,14 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(self, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        let (x, segments) = (node.input(X), g.cols(node.input(SEGMENTS)) - 1);
+        cuda::gradient_workspace(&self.forward, g.cols(x), segments)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(self, io, launcher)
     }
 }

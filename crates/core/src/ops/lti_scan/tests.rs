@@ -1,16 +1,23 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
+use hognose_theory::discretise::Method as Theory;
+use hognose_theory::s4::Dplr;
+use hognose_theory::s4d;
+use num_complex::Complex64;
+
 use super::{LtiScan, Scanned, chunk_len, chunk_row, lti_scan, reference};
-use crate::cpu::isa::Isa;
 use crate::graph::Recompute;
 use crate::ops::layout::split;
-use crate::ops::testing::{Case, Value, check_op};
+use crate::ops::lti_discretise::{LtiDiscretise, Method, lti_discretise};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 use crate::{Graph, Pack, TensorId};
 
 /// Bounds of the values and gradients of a scan, as max|difference| / max|expected|.
 const BOUND: f64 = 1e-5;
 const GRADIENT_BOUND: f64 = 2e-5;
+/// Bound of an impulse response of 200 steps against the kernel in f64, whose parameters are not rounded to f32.
+const IMPULSE_BOUND: f64 = 2e-5;
 
 type Inputs = Vec<(&'static str, Value)>;
 
@@ -146,6 +153,17 @@ fn agrees_with_the_reference_and_its_differences() {
 }
 
 #[test]
+fn bf16_agrees_with_the_reference_and_its_differences() {
+    for setup in [Setup::new(&[5, 0, 1, 9], 19, 3), Setup::diagonal(&[70], 9, 6)] {
+        let build = |g: &mut Graph, ids: &[TensorId]| {
+            let scanned = setup.build(g, ids);
+            vec![scanned.y, scanned.final_state]
+        };
+        check_op_bf16(&setup.inputs(), &["x"], &setup.names(), build, |v| setup.reference(v), BF16_BOUNDS);
+    }
+}
+
+#[test]
 fn many_states_and_long_segments_agree_too() {
     Setup::new(&[9], 3, 40).check();
     Setup::diagonal(&[2, 6], 3, 33).check();
@@ -176,8 +194,8 @@ fn any_cut_into_calls_gives_the_same_bits() {
     for whole in [Setup::new(&[length], 70, 3), Setup::diagonal(&[length], 9, 3)] {
         let inputs = whole.inputs();
         let state = whole.place("initial_state").unwrap();
-        for place in Isa::available() {
-            let expected = whole.run(place, &inputs);
+        for place in crate::ops::testing::places() {
+            let expected = whole.run(&place, &inputs);
             for cuts in [vec![1, 2, 3, 40], vec![32, 64], (1..length).collect()] {
                 let mut inputs = inputs.clone();
                 let mut y = Vec::new();
@@ -191,7 +209,7 @@ fn any_cut_into_calls_gives_the_same_bits() {
                     let scanned = piece.build(&mut case.graph, &ids);
                     case.output("y", scanned.y);
                     case.output("final_state", scanned.final_state);
-                    let mut out = case.run_on(place, 2);
+                    let mut out = case.run_on(&place, 2);
                     y.extend(out["y"].data.clone());
                     inputs[state].1 = out.remove("final_state").unwrap();
                 }
@@ -282,6 +300,89 @@ fn rows_outside_all_segments_are_zero() {
             assert!(value.data[35..].iter().all(|v| *v == 0.0), "{place}: {name}");
         }
     });
+}
+
+/// A column of f32 numbers, and what is left of them.
+fn column(values: impl IntoIterator<Item = f64>) -> Value {
+    let data: Vec<f64> = values.into_iter().map(|v| f64::from(v as f32)).collect();
+    Value::new(data.len(), 1, data)
+}
+
+fn complex(values: &[Complex64]) -> Value {
+    column(values.iter().flat_map(|z| [z.re, z.im]))
+}
+
+/// The response of one channel to an impulse, discretised and scanned in f32, must be a kernel that the theory computes.
+fn check_impulse(
+    lambda: &[Complex64],
+    [b, c]: [&[Complex64]; 2],
+    p: Option<&[Complex64]>,
+    (method, delta): (Method, f64),
+    kernel: &[f64],
+) {
+    let mut case = Case::new();
+    let given = [
+        ("log_a_real", column(lambda.iter().map(|l| (-l.re).ln()))),
+        ("a_imag", column(lambda.iter().map(|l| l.im))),
+        ("log_dt", column([delta.ln()])),
+        ("b", complex(b)),
+        ("c", complex(c)),
+        ("x", column((0..kernel.len()).map(|t| if t == 0 { 1.0 } else { 0.0 }))),
+        ("segments", Value::ints(&[0, kernel.len() as i32])),
+    ];
+    let t = given.map(|(name, value)| case.input(name, &value));
+    let p = p.map(|p| case.input("p", &complex(p)));
+    let operands = LtiDiscretise { log_a_real: t[0], a_imag: t[1], log_dt: t[2], b: Some(t[3]), p, method };
+    let made = lti_discretise(&mut case.graph, operands).unwrap();
+    let scan = LtiScan {
+        x: t[5],
+        a: made.a,
+        b: made.b,
+        c: t[4],
+        rank_one: made.rank_one,
+        d: None,
+        initial_state: None,
+        segments: t[6],
+    };
+    let y = lti_scan(&mut case.graph, scan).unwrap().y;
+    case.output("y", y);
+    let expected = Value::new(kernel.len(), 1, kernel.to_vec());
+    case.run_everywhere(|place, out| {
+        let error = expected.error(&out["y"]);
+        assert!(error <= IMPULSE_BOUND, "{place}: the kernel is off by {error:.2e}");
+    });
+}
+
+#[test]
+fn impulse_responses_are_the_kernels_of_s4d() {
+    let inits = [s4d::Init::Lin, s4d::Init::Inv, s4d::Init::LegS, s4d::Init::Random(1), s4d::Init::Real];
+    for init in inits {
+        for (method, theirs) in [(Method::Zoh, Theory::ZeroOrderHold), (Method::Bilinear, Theory::BILINEAR)] {
+            let model = s4d::S4d { pairs: true, ..s4d::S4d::new(init, 16, 2).unwrap() };
+            let kernel = model.kernel(theirs, 0.03, 200).unwrap();
+            check_impulse(&model.a, [&model.b, &model.c], None, (method, 0.03), &kernel);
+        }
+    }
+}
+
+#[test]
+fn impulse_responses_are_the_kernels_of_s4() {
+    for (n, delta) in [(2, 0.1), (16, 0.02), (64, 0.003)] {
+        let c: Vec<f64> = (0..n).map(|i| (i as f64 * 1.7).sin()).collect();
+        let model = Dplr::legs(&c.clone().into()).unwrap();
+        let cauchy = model.kernel(delta, 200).unwrap();
+        let (a, b) = hognose_theory::hippo::Measure::LegS.transition(n).unwrap();
+        let dense = hognose_theory::ssm::Continuous::new(a, b, c.into(), 0.0).unwrap();
+        let powers = hognose_theory::s4::kernel_by_powers(&dense, delta, 200).unwrap();
+        let upper = |of: &dyn Fn(usize) -> Complex64| -> Vec<Complex64> {
+            (0..n).filter(|&i| model.lambda[i].im > 0.0).map(of).collect()
+        };
+        let (lambda, p) = (upper(&|i| model.lambda[i]), upper(&|i| model.p[i]));
+        let (b, c) = (upper(&|i| model.b[i]), upper(&|i| model.c[i]));
+        for kernel in [cauchy, powers] {
+            check_impulse(&lambda, [&b, &c], Some(&p), (Method::Bilinear, delta), &kernel);
+        }
+    }
 }
 
 #[test]
