@@ -12,13 +12,16 @@ use hognose_core::cuda::{Properties, Variant};
 use hognose_core::graph::{Layout, Recompute};
 use hognose_core::{Graph, Plan};
 use hognose_model::network::has_step;
-use hognose_model::presets;
 use hognose_model::session::{choice_graph, graph};
 use hognose_model::weights::Form;
+use hognose_model::{pattern, presets};
 use hognose_train::step::{GradientPlan, StepShape, UpdatePlan};
 
 /// Compute capabilities: A100, H100, B200, RTX 50.
 const ARCHS: [(u32, u32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
+
+/// Layers that no preset has.
+const OTHER_LAYERS: &str = "s4d, s4d(init=legs, discretization=bilinear), s4, h3";
 
 /// Programs whose kernels may keep a few registers in memory, with the most bytes over architectures and versions of the
 /// compiler: counters of outer loops, sizes and addresses that are used once a tile or once a token. In the inner loops
@@ -94,10 +97,14 @@ fn every_kernel_compiles_for_every_gpu() {
     let mut needed: HashMap<(String, (u32, u32)), Variant> = HashMap::new();
     for arch in ARCHS {
         let gpu = Properties::of_arch(arch);
-        for name in ["tiny", "mamba-130m", "mamba2-130m"] {
-            let config = presets::preset(name).unwrap();
+        let mut configs: Vec<ModelConfig> =
+            ["tiny", "mamba-130m", "mamba2-130m"].iter().map(|name| presets::preset(name).unwrap()).collect();
+        let mut others = configs[0].clone();
+        others.layers = pattern::layers(OTHER_LAYERS, others.d_model).unwrap();
+        configs.push(others);
+        for config in &configs {
             for dtype in [DType::F32, DType::BF16] {
-                for graph in graphs(&config, dtype) {
+                for graph in graphs(config, dtype) {
                     let plan = Plan::for_gpu(graph, &gpu).unwrap();
                     let variants = plan.variants(&gpu).unwrap();
                     needed.extend(variants.into_iter().map(|(key, variant)| ((key, arch), variant)));

@@ -13,6 +13,11 @@ const EXACT: &str = "mamba1(d_state=4), 2*attention(heads=2, kv_heads=1, headdim
 const S6: &str = "s6(d_state=4, discretization=zoh), s6(d_state=4, a=lin, dt=fixed, gate=false), \
                   s6(d_state=4, a=legs, b=fixed, discretization=zoh, d_conv=0), s6(d_state=3, a=random, c=fixed), \
                   s6(d_state=4, a=inv, dt=fixed, b=fixed, c=fixed, d_conv=1), s6(a=constant, gate=false, d_conv=0)";
+/// Time-invariant layers, in every form.
+const LINEAR: &str = "s4d(d_state=8), s4(d_state=8)+mlp, h3(d_state=8, init=legs), \
+                      s4d(d_state=4, init=inv, discretization=bilinear), s4d(d_state=4, init=random)";
+/// The baselines are sequential in time, too.
+const BASELINES: &str = "gated_conv(d_conv=5), lstm(d_inner=12), gru+mlp";
 /// With a layer that adds in another order where cuts are off its grid.
 const ALL: &str = "mamba2(d_state=8, chunk_size=16), mamba1+mlp, attention(heads=2, headdim=8)+mlp";
 
@@ -71,7 +76,7 @@ fn check(exact: bool, found: &Outcome, expected: &Outcome, what: &str) {
 
 #[test]
 fn layers_in_a_row_do_not_see_the_cuts() {
-    for (pattern, exact) in [(EXACT, true), (S6, true), (ALL, false)] {
+    for (pattern, exact) in [(EXACT, true), (S6, true), (LINEAR, true), (BASELINES, true), (ALL, false)] {
         let scratch = folder();
         let loaded = load(&train(scratch.path(), &format!("{pattern:?}")));
         let mut draws = Draws::new(4);
@@ -116,6 +121,11 @@ fn impossible_layers_are_named() {
         ("layers = \"s6(a=hippo)\"", &["unknown variant `hippo`", "`real`, `random`", "`legs`"]),
         ("layers = \"s6(dt=no)\"", &["unknown variant `no`", "`selective` or `fixed`"]),
         ("layers = \"s6(discretization=tustin)\"", &["`euler` or `zoh`"]),
+        ("layers = \"s4(d_state=3)\"", &["layer 0: d_state (3) is not a multiple of a conjugate pair"]),
+        ("layers = \"s4d(init=tri)\"", &["tri", "lin", "legs"]),
+        ("layers = \"h3(d_conv=0)\"", &["layer 0: d_conv is 0"]),
+        ("layers = \"lstm(d_inner=0)\"", &["layer 0: d_inner is 0"]),
+        ("layers = \"gated_conv(d_conv=0)\"", &["layer 0: d_conv is 0"]),
         ("layers = \"mamba1\"\nbias = 4", &["bias", "expected a boolean"]),
     ] {
         fs::write(&file, format!("[model]\nd_model = 16\n{model}\n")).unwrap();

@@ -6,7 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::{AttentionConfig, Check, S6Config, Transition};
+use crate::mixers::{
+    AttentionConfig, Check, Diagonal, GatedConvConfig, GruConfig, H3Config, LstmConfig, S4Config, S4dConfig, S6Config,
+    Transition,
+};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -83,6 +86,18 @@ pub enum Mixer {
     Attention(AttentionConfig),
     /// Mamba-1's block with every part optional.
     S6(S6Config),
+    /// A time-invariant SSM with a diagonal A in each channel (Gu et al. 2022, arXiv 2206.11893).
+    S4d(S4dConfig),
+    /// A time-invariant SSM with a diagonal A plus rank one in each channel (Gu, Goel & Ré 2021, arXiv 2111.00396).
+    S4(S4Config),
+    /// A shift SSM and a diagonal one between products (Fu et al. 2022, arXiv 2212.14052).
+    H3(H3Config),
+    /// A gated causal convolution (Dauphin et al. 2017, arXiv 1612.08083), the baseline without a recurrence.
+    GatedConv(GatedConvConfig),
+    /// Long short-term memory (Hochreiter & Schmidhuber 1997).
+    Lstm(LstmConfig),
+    /// The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078).
+    Gru(GruConfig),
 }
 
 /// A Mamba-1 mixer.
@@ -344,11 +359,13 @@ pub enum ParamKind {
     Matrix,
     /// The weight of a depthwise convolution, `[channels, 1, width]`.
     Convolution,
+    /// A matrix that a state meets at every step: f32 and row-major in any form.
+    Recurrent,
     /// Weight or bias of a norm.
     Norm,
     /// Bias of a matrix product or of a convolution.
     Bias,
-    /// A_log, D or the bias of Δ: always f32.
+    /// A, D, Δ or its bias, and B, C and P where they are no projections: always f32.
     Ssm,
 }
 
@@ -390,6 +407,21 @@ pub enum Init {
         /// Δ is raised to this.
         floor: f32,
     },
+    /// log of −Re A of a diagonal SSM, `[N/2, D]`.
+    LogDecay(Diagonal),
+    /// Im A of a diagonal SSM, `[N/2, D]`.
+    Frequency(Diagonal),
+    /// B of HiPPO-LegS in the coordinates in which its normal part is diagonal, `[N, D]`: complex numbers as two rows.
+    LegsInput,
+    /// P of its part of rank one, likewise.
+    LegsLowRank,
+    /// log Δ, uniform between the logarithms of both.
+    LogStep {
+        /// Smallest Δ.
+        min: f32,
+        /// Largest Δ.
+        max: f32,
+    },
     /// All 1.
     Ones,
     /// All 0.
@@ -413,7 +445,7 @@ pub struct ParamSpec {
 
 impl ParamSpec {
     pub(crate) fn new<const R: usize>(name: impl Into<String>, shape: [usize; R], kind: ParamKind, init: Init) -> Self {
-        let weight_decay = matches!(kind, ParamKind::Embedding | ParamKind::Matrix | ParamKind::Convolution);
+        let weight_decay = !matches!(kind, ParamKind::Norm | ParamKind::Bias | ParamKind::Ssm);
         ParamSpec { name: name.into(), shape: shape.to_vec(), kind, init, weight_decay }
     }
 

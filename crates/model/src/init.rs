@@ -4,10 +4,12 @@
 //! not depend on which others exist, on their order or on threads.
 
 use crate::config::{Init, ModelConfig, ParamSpec};
-use crate::mixers::Transition;
+use crate::legs::Legs;
+use crate::mixers::{Diagonal, Transition};
+use std::f64::consts::{LN_2, PI};
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use std::f64::consts::PI;
 
 /// Tensors that are in memory at once beside the model.
 const MOST_AT_ONCE: usize = 8;
@@ -47,7 +49,7 @@ pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
             (0..n).map(|_| ((2.0 * random.next() - 1.0) * bound) as f32).collect()
         }
         Init::Frequencies(transition) => {
-            let row = frequencies(transition, p.shape.last().copied().unwrap_or(0));
+            let row = upper_frequencies(transition, p.shape.last().copied().unwrap_or(0));
             row.iter().cycle().take(n).map(|&f| f as f32).collect()
         }
         Init::Constant { value } => vec![value; n],
@@ -61,40 +63,56 @@ pub fn initial_values(p: &ParamSpec, seed: u64) -> Vec<f32> {
             // softplus(dt + ln(1 − e^−dt)) = dt, written with expm1 so that small Δ keep their digits.
             (0..n).map(|_| draw()).map(|dt| (dt + (-(-dt).exp_m1()).ln()) as f32).collect()
         }
+        Init::LogDecay(Diagonal::Random) => (0..n).map(|_| (random.normal() - LN_2) as f32).collect(),
+        Init::LogDecay(Diagonal::Real) => rows(p, |m| (m as f64 + 1.0).ln()),
+        Init::LogDecay(_) => vec![-LN_2 as f32; n],
+        Init::Frequency(Diagonal::Random) => {
+            let scale = PI * p.shape[0] as f64;
+            (0..n).map(|_| (scale * random.next()) as f32).collect()
+        }
+        Init::Frequency(diagonal) => frequencies(diagonal, p),
+        Init::LegsInput | Init::LegsLowRank => {
+            let legs = Legs::new(p.shape[0]);
+            let of = if p.init == Init::LegsInput { &legs.b } else { &legs.p };
+            rows(p, |row| if row % 2 == 0 { of[row / 2].re } else { of[row / 2].im })
+        }
+        Init::LogStep { min, max } => {
+            let (low, high) = (f64::from(min).ln(), f64::from(max).ln());
+            (0..n).map(|_| (low + (high - low) * random.next()) as f32).collect()
+        }
         Init::Normal { std } => (0..n).map(|_| (random.normal() * f64::from(std)) as f32).collect(),
     }
 }
 
 /// Imaginary parts of the upper one of each of `pairs` conjugate pairs; 0 of what is real.
-fn frequencies(transition: Transition, pairs: usize) -> Vec<f64> {
+fn upper_frequencies(transition: Transition, pairs: usize) -> Vec<f64> {
     let size = 2.0 * pairs as f64;
     let of = |k: usize| match transition {
         Transition::Lin => PI * k as f64,
         Transition::Inv => size / PI * (size / (2.0 * k as f64 + 1.0) - 1.0),
-        Transition::Legs => legs_frequency(k, 2 * pairs),
+        Transition::Legs => Legs::new(2 * pairs).omega[k],
         Transition::Real | Transition::Random | Transition::Constant => 0.0,
     };
     (0..pairs).map(of).collect()
 }
 
-/// The k-th positive imaginary eigenvalue iω of the skew-symmetric part S of HiPPO-LegS of even size n.
-///
-/// S_jk = ∓P_j P_k below and above the diagonal with P_j² = j + ½. With the partial sums of P_k v_k, S v = iωv becomes a
-/// product of n factors (iω − P_j²)/(iω + P_j²) that must be −1, which is Σ_j atan(ω/(j + ½)) = π/2 + kπ: rising in ω.
-fn legs_frequency(k: usize, n: usize) -> f64 {
-    let turns = |omega: f64| (0..n).map(|j| (omega / (j as f64 + 0.5)).atan()).sum::<f64>();
-    let sought = PI / 2.0 + PI * k as f64;
-    let (mut low, mut high) = (0.0, 1.0);
-    while turns(high) < sought {
-        high *= 2.0;
-    }
-    // Until no number lies between the two.
-    loop {
-        let middle = 0.5 * (low + high);
-        if middle <= low || middle >= high {
-            return middle;
+/// A matrix whose rows are constant.
+fn rows(p: &ParamSpec, value: impl Fn(usize) -> f64) -> Vec<f32> {
+    let cols = p.shape.last().copied().unwrap_or(1);
+    (0..p.shape[0]).flat_map(|row| std::iter::repeat_n(value(row) as f32, cols)).collect()
+}
+
+/// Imaginary parts of a diagonal that does not start at random.
+fn frequencies(diagonal: Diagonal, p: &ParamSpec) -> Vec<f32> {
+    let d_state = 2.0 * p.shape[0] as f64;
+    match diagonal {
+        Diagonal::Lin => rows(p, |m| PI * m as f64),
+        Diagonal::Inv => rows(p, |m| d_state / PI * (d_state / (2.0 * m as f64 + 1.0) - 1.0)),
+        Diagonal::Legs => {
+            let legs = Legs::new(2 * p.shape[0]);
+            rows(p, |m| legs.omega[m])
         }
-        if turns(middle) < sought { low = middle } else { high = middle }
+        Diagonal::Real | Diagonal::Random => vec![0.0; p.numel()],
     }
 }
 
@@ -143,11 +161,34 @@ mod tests {
     fn frequencies_are_the_published_ones() {
         // math.md, section 2.
         let legs = [0.427489, 1.957794, 5.354209, 19.857410];
-        for (found, expected) in frequencies(Transition::Legs, 4).iter().zip(legs) {
+        for (found, expected) in upper_frequencies(Transition::Legs, 4).iter().zip(legs) {
             assert!((found - expected).abs() < 1e-6, "{found}");
         }
-        assert_eq!(frequencies(Transition::Lin, 3), [0.0, PI, 2.0 * PI]);
-        assert!((frequencies(Transition::Inv, 2)[1] - 4.0 / PI / 3.0).abs() < 1e-12);
+        assert_eq!(upper_frequencies(Transition::Lin, 3), [0.0, PI, 2.0 * PI]);
+        assert!((upper_frequencies(Transition::Inv, 2)[1] - 4.0 / PI / 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn diagonals_are_those_of_the_theory() {
+        use hognose_theory::s4d;
+        let of = |init: Init, rows: usize| {
+            let p = ParamSpec::new("x", [rows, 3], crate::config::ParamKind::Ssm, init);
+            initial_values(&p, 1).chunks(3).map(|row| row[2]).collect::<Vec<f32>>()
+        };
+        let pairs =
+            [(Diagonal::Lin, s4d::Init::Lin), (Diagonal::Inv, s4d::Init::Inv), (Diagonal::Legs, s4d::Init::LegS)];
+        for (ours, theirs) in pairs {
+            let (decay, frequency) = (of(Init::LogDecay(ours), 8), of(Init::Frequency(ours), 8));
+            for (m, expected) in theirs.diagonal(16).unwrap().into_iter().enumerate() {
+                assert!((f64::from(-decay[m].exp()) - expected.re).abs() < 1e-6, "{ours:?}");
+                assert!((f64::from(frequency[m]) - expected.im).abs() < 1e-6 * expected.im.abs().max(1.0), "{ours:?}");
+            }
+        }
+        let decay = of(Init::LogDecay(Diagonal::Real), 4);
+        assert!((decay[3].exp() - 4.0).abs() < 1e-6 && of(Init::Frequency(Diagonal::Real), 4) == [0.0; 4]);
+        assert!(of(Init::Frequency(Diagonal::Random), 4).iter().all(|w| (0.0..13.0).contains(w)));
+        let steps = of(Init::LogStep { min: 1e-3, max: 0.1 }, 100);
+        assert!(steps.iter().all(|dt| (0.000_999..0.100_1).contains(&dt.exp())));
     }
 
     #[test]

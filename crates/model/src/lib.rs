@@ -9,6 +9,7 @@ pub mod config;
 pub mod error;
 pub mod hub;
 pub mod init;
+mod legs;
 pub mod mixers;
 pub mod network;
 pub mod observe;

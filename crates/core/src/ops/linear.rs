@@ -56,6 +56,13 @@ pub fn linear_to(
     Ok(y)
 }
 
+/// dW = dyᵀ · x: gradients of parameters are f32, also where the parameter was rounded to bf16 for the product.
+pub(crate) fn weight_gradient(g: &mut Graph, dy: TensorId, x: TensorId) -> TensorId {
+    let dw = g.new_tensor(DType::F32, g.cols(dy), g.cols(x));
+    g.push(LinearDw, vec![Some(dy), Some(x)], vec![Some(dw)]);
+    dw
+}
+
 /// The right-hand side Wᵀ `[K, N]` of a product with a weight W `[N, K]` in memory.
 ///
 /// # Safety
@@ -135,10 +142,7 @@ impl Op for Linear {
             d_inputs[0] = Some(dx);
         }
         if wanted[1] {
-            // Gradients of parameters are f32, also where the parameter was rounded to bf16 for the product.
-            let dw = g.new_tensor(DType::F32, g.rows(weight), g.cols(weight));
-            g.push(LinearDw, vec![Some(dy), Some(x)], vec![Some(dw)]);
-            d_inputs[1] = Some(dw);
+            d_inputs[1] = Some(weight_gradient(g, dy, x));
         }
         if wanted[2] {
             d_inputs[2] = Some(elementwise::column_sums(g, dy)?);

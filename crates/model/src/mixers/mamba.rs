@@ -1,6 +1,6 @@
 //! The Mambas' usual sizes, states and parameters.
 
-use super::{Check, Kind};
+use super::{Check, Kind, expanded};
 use crate::config::{
     ConfigError, Init, Mamba1Config, Mamba2Config, ParamKind, ParamSpec, convolution, epsilon, linear,
 };
@@ -143,9 +143,4 @@ impl Kind for Mamba2Config {
         }
         linear("mixer.out_proj", d_model, self.d_inner, self.bias, out_scale, all);
     }
-}
-
-/// As many times the new width of the model as it was of the old one.
-pub(super) fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
-    (d_inner / old.max(1)).max(1) * new
 }

@@ -2,10 +2,16 @@
 //! and parameters.
 
 mod attention;
+mod gated_conv;
+mod lti;
 mod mamba;
+mod rnn;
 mod s6;
 
 pub use attention::AttentionConfig;
+pub use gated_conv::GatedConvConfig;
+pub use lti::{Diagonal, Discretization, H3Config, S4Config, S4dConfig};
+pub use rnn::{GruConfig, LstmConfig, RnnConfig};
 pub use s6::{Choice, InputRule, S6Config, Transition};
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
@@ -36,7 +42,8 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 4] = ["mamba1", "mamba2", "attention", "s6"];
+    pub const KINDS: [&str; 10] =
+        ["mamba1", "mamba2", "attention", "s6", "s4d", "s4", "h3", "gated_conv", "lstm", "gru"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -45,6 +52,12 @@ impl Mixer {
             "mamba2" => Mixer::Mamba2(Mamba2Config::of_width(d_model)),
             "attention" => Mixer::Attention(AttentionConfig::of_width(d_model)),
             "s6" => Mixer::S6(S6Config::of_width(d_model)),
+            "s4d" => Mixer::S4d(S4dConfig::of_width(d_model)),
+            "s4" => Mixer::S4(S4Config::of_width(d_model)),
+            "h3" => Mixer::H3(H3Config::of_width(d_model)),
+            "gated_conv" => Mixer::GatedConv(GatedConvConfig::of_width(d_model)),
+            "lstm" => Mixer::Lstm(LstmConfig::of_width(d_model)),
+            "gru" => Mixer::Gru(GruConfig::of_width(d_model)),
             _ => return None,
         })
     }
@@ -55,6 +68,12 @@ impl Mixer {
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
             Mixer::S6(m) => m,
+            Mixer::S4d(m) => m,
+            Mixer::S4(m) => m,
+            Mixer::H3(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -64,6 +83,12 @@ impl Mixer {
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
             Mixer::S6(m) => m,
+            Mixer::S4d(m) => m,
+            Mixer::S4(m) => m,
+            Mixer::H3(m) => m,
+            Mixer::GatedConv(m) => m,
+            Mixer::Lstm(m) => m,
+            Mixer::Gru(m) => m,
         }
     }
 
@@ -135,4 +160,9 @@ impl Check {
     ) -> Result<(), ConfigError> {
         if holds { Ok(()) } else { Err(ConfigError::Number { what: self.what(what), found, expected }) }
     }
+}
+
+/// As many times the new width of the model as it was of the old one.
+fn expanded(d_inner: usize, old: usize, new: usize) -> usize {
+    (d_inner / old.max(1)).max(1) * new
 }

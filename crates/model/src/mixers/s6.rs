@@ -125,7 +125,7 @@ impl Kind for S6Config {
     }
 
     fn resize(&mut self, old: usize, new: usize) {
-        self.d_inner = super::mamba::expanded(self.d_inner, old, new);
+        self.d_inner = super::expanded(self.d_inner, old, new);
         self.dt_rank = new.div_ceil(16);
     }
 

@@ -2,9 +2,12 @@
 //! `x + mlp(norm2(x))`, on a pack of tokens.
 
 mod attention;
+mod gated_conv;
+mod lti;
 mod mamba1;
 mod mamba2;
 mod mlp;
+mod rnn;
 mod s6;
 mod step;
 
@@ -21,6 +24,7 @@ use hognose_core::ops::norm::{layer_norm_to, rms_norm_to};
 use hognose_core::{DType, Error, Graph, TensorId};
 
 use crate::config::{Mixer, ModelConfig, NormKind, ParamSpec};
+use crate::mixers::Discretization;
 use crate::state::LayerState;
 use crate::weights::{Form, ROUNDED, matrix_shape};
 
@@ -237,6 +241,12 @@ impl<'a> Recorder<'a> {
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
                 Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
                 Mixer::S6(m) => self.s6(i, &name, m, &widths, normed)?,
+                Mixer::S4d(m) => self.s4(i, &name, m.discretization, &widths, normed)?,
+                Mixer::S4(_) => self.s4(i, &name, Discretization::Bilinear, &widths, normed)?,
+                Mixer::H3(m) => self.h3(i, &name, m, &widths, normed)?,
+                Mixer::GatedConv(m) => self.gated_conv(i, &name, m, &widths, normed)?,
+                Mixer::Lstm(m) => self.rnn(i, &name, m, &widths, normed)?,
+                Mixer::Gru(m) => self.rnn(i, &name, m, &widths, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);

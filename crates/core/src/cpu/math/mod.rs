@@ -1,4 +1,4 @@
-//! exp, ln, sigmoid, softplus, sine and cosine and their kin over vectors.
+//! exp, ln, sigmoid, tanh, softplus, sine and cosine and their kin over vectors.
 //!
 //! The error bounds stand beside the functions as constants, in units in the last place (ULP) of the exact result;
 //! `tests` checks them at every level of instructions. Polynomials are minimax fits (Remez) made for this file.
@@ -21,6 +21,8 @@ pub const SIGMOID_ULP: f64 = 3.0;
 pub const SILU_ULP: f64 = 4.0;
 /// Bound of [`silu`] for x < −87, where σ(x) is denormal and |x σ(x)| < 10⁻³⁵: absolute.
 pub const SILU_TAIL: f64 = 2e-43;
+/// Bound of [`tanh`].
+pub const TANH_ULP: f64 = 5.0;
 /// Bound of [`softplus`].
 pub const SOFTPLUS_ULP: f64 = 4.0;
 /// Bound of [`dsilu`]: absolute, since it has a root at x ≈ −1.278.
@@ -193,6 +195,17 @@ pub fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
     let e = exp_not_positive(s, s.neg(s.abs(x)));
     s.div(s.select(s.lt(x, s.zero()), e, one), s.add(one, e))
+}
+
+/// tanh x within [`TANH_ULP`], also for small x.
+#[inline(always)]
+pub fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
+    // −(e − 1) / (e + 1) with e = e^−2|x|, the numerator without cancellation.
+    let m = exp_m1(s, s.mul(s.splat(-2.0), s.abs(x)));
+    let large = s.div(s.neg(m), s.add(m, s.splat(2.0)));
+    let result = s.select(s.lt(x, s.zero()), s.neg(large), large);
+    // Below 2⁻¹³ the result is x itself; −0 and denormal numbers need this.
+    s.select(s.lt(s.abs(x), s.splat(1.2e-4)), x, result)
 }
 
 /// x · σ(x) within [`SILU_ULP`] (below −87: [`SILU_TAIL`]); NaN at −∞, as in PyTorch.

@@ -10,6 +10,7 @@ enum Function {
     Ln,
     Log1p,
     Sigmoid,
+    Tanh,
     Silu,
     Dsilu,
     Softplus,
@@ -49,6 +50,7 @@ impl Kernel for Apply<'_> {
             Function::Ln => map_in_place(s, self.1, |s, x| ln(s, x)),
             Function::Log1p => map_in_place(s, self.1, |s, x| log1p(s, x)),
             Function::Sigmoid => map_in_place(s, self.1, |s, x| sigmoid(s, x)),
+            Function::Tanh => map_in_place(s, self.1, |s, x| tanh(s, x)),
             Function::Silu => map_in_place(s, self.1, |s, x| silu(s, x)),
             Function::Dsilu => map_in_place(s, self.1, |s, x| dsilu(s, x)),
             Function::Softplus => map_in_place(s, self.1, |s, x| softplus(s, x)),
@@ -76,6 +78,7 @@ fn exact(function: Function, x: f64) -> f64 {
         Function::Ln => x.ln(),
         Function::Log1p => x.ln_1p(),
         Function::Sigmoid => sigmoid64(x),
+        Function::Tanh => x.tanh(),
         Function::Silu => x * sigmoid64(x),
         Function::Dsilu => sigmoid64(x) * (1.0 + x * sigmoid64(-x)),
         Function::Softplus => x.max(0.0) + (-x.abs()).exp().ln_1p(),
@@ -146,6 +149,7 @@ fn errors_stay_within_the_stated_bounds() {
         (Function::Ln, LN_ULP),
         (Function::Log1p, LOG1P_ULP),
         (Function::Sigmoid, SIGMOID_ULP),
+        (Function::Tanh, TANH_ULP),
         (Function::Softplus, SOFTPLUS_ULP),
     ];
     for isa in Isa::available() {
@@ -225,6 +229,11 @@ fn special_values() {
         (Sigmoid, 0.0, 0.5),
         (Sigmoid, INF, 1.0),
         (Sigmoid, -INF, 0.0),
+        (Tanh, 0.0, 0.0),
+        (Tanh, -0.0, -0.0),
+        (Tanh, tiny, tiny),
+        (Tanh, INF, 1.0),
+        (Tanh, -INF, -1.0),
         (Silu, 0.0, 0.0),
         (Silu, -0.0, -0.0),
         (Silu, INF, INF),
@@ -246,7 +255,7 @@ fn special_values() {
                 "{isa}: {function:?}({x}) is {got}, not {want}"
             );
         }
-        for function in [Exp, ExpNotPositive, ExpM1, Ln, Log1p, Sigmoid, Silu, Dsilu, Softplus] {
+        for function in [Exp, ExpNotPositive, ExpM1, Ln, Log1p, Sigmoid, Tanh, Silu, Dsilu, Softplus] {
             assert!(apply(isa, function, NAN).is_nan(), "{isa}: {function:?}(NaN)");
             assert!(apply(isa, function, -NAN).is_nan(), "{isa}: {function:?}(-NaN)");
             assert!(apply(isa, function, f32::from_bits(0x7fff_ffff)).is_nan(), "{isa}: {function:?}(NaN)");
