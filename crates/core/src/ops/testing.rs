@@ -149,8 +149,7 @@ fn bits(out: &BTreeMap<String, Value>) -> Vec<(&String, Vec<u64>)> {
 const GUARD: (usize, u8) = (64, 0xA5);
 
 /// Ops that have no kernel for GPUs yet.
-const CPU_ONLY: [&str; 6] =
-    ["attention", "attention_grad", "rotary", "rotary_grad", "diagonal_scan", "diagonal_scan_grad"];
+const CPU_ONLY: [&str; 4] = ["attention", "attention_grad", "rotary", "rotary_grad"];
 
 /// A graph with values for its inputs.
 #[derive(Default)]

@@ -19,12 +19,14 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 mod numbers;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
@@ -53,7 +55,8 @@ impl Part {
     }
 }
 
-/// Operands and options of [`diagonal_scan`]. T tokens, D channels, N states per channel, S segments.
+/// Operands and options of [`diagonal_scan`]. T tokens, D channels, N states per channel, S segments. All but the offsets
+/// are f32; on a GPU x, dt and what the input chooses of B and C may be bf16, and y is of their type.
 #[derive(Clone, Copy, Debug)]
 pub struct DiagonalScan {
     /// The input `[T, D]`.
@@ -242,6 +245,14 @@ impl Op for Forward {
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(self, io, cpu);
     }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        cuda::workspace(self, g.cols(node.input(X)), g.rows(node.output(1)))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
+    }
 }
 
 /// Inputs: those above, dy, the gradient of the final state, the states at chunk starts. Outputs: the gradients of
@@ -274,5 +285,14 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(self, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        let (x, segments) = (node.input(X), g.cols(node.input(SEGMENTS)) - 1);
+        cuda::gradient_workspace(&self.forward, g.rows(x), g.cols(x), segments)
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_grad(self, io, launcher)
     }
 }

@@ -3,7 +3,7 @@ use crate::cpu::isa::Isa;
 use crate::ops::layout::split;
 use crate::ops::selective_scan::Discretisation::{self, Euler, Zoh};
 use crate::ops::selective_scan::{SelectiveScan, selective_scan};
-use crate::ops::testing::{Case, Value, check_op};
+use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 use crate::{Graph, Pack, TensorId};
 
 /// Bounds of the values and of the gradients, as max|difference| / max|expected|; finite differences are themselves off
@@ -127,6 +127,19 @@ impl Setup {
         };
         check_op(&inputs, &names, build, |v| self.reference(v), BOUND);
     }
+
+    /// The same on a GPU with activations in bf16.
+    fn check_bf16(&self) {
+        let inputs = self.inputs();
+        let names: Vec<&str> = inputs.iter().map(|(name, _)| *name).filter(|name| *name != "segments").collect();
+        let narrow = [("x", true), ("dt", self.selective[0]), ("b", self.selective[1]), ("c", self.selective[2])];
+        let narrow: Vec<&str> = narrow.iter().filter(|(_, is)| *is).map(|(name, _)| *name).collect();
+        let build = |g: &mut Graph, ids: &[TensorId]| {
+            let scanned = self.build(g, ids);
+            vec![scanned.y, scanned.final_state]
+        };
+        check_op_bf16(&inputs, &narrow, &names, build, |v| self.reference(v), BF16_BOUNDS);
+    }
 }
 
 #[test]
@@ -151,6 +164,12 @@ fn shapes_and_operands_that_are_not_given() {
     // Several chunks, in which the chunks themselves are longer, too.
     Setup::new(&[70, 3], 2, 1).check();
     Setup { complex: false, selective: [true, false, true], ..Setup::new(&[67], 1, 34) }.check();
+}
+
+#[test]
+fn activations_in_bf16() {
+    Setup { discretisation: Zoh, ..Setup::new(&[5, 0, 3], 35, 2) }.check_bf16();
+    Setup { complex: false, selective: [false, true, false], ..Setup::new(&[6], 3, 2) }.check_bf16();
 }
 
 #[test]
