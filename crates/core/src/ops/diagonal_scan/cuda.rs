@@ -12,7 +12,12 @@ static PROGRAM: Program = Program { name: "diagonal_scan", source: include_str!(
 /// Numbers of a channel's state up to which a chunk fits into shared memory.
 const MOST: usize = 64;
 
-fn kernel(forward: &Forward, entry: &'static str, dtype: DType, warps: usize) -> Kernel {
+/// Warps of a block, forward and backward: as many as have room for what they share.
+fn warps(forward: &Forward) -> [usize; 2] {
+    if forward.chunk() == 32 { [8, 4] } else { [4, 1] }
+}
+
+fn kernel(forward: &Forward, entry: &'static str, dtype: DType) -> Kernel {
     let part = |i: usize| if forward.fixed[i] { DType::F32 } else { dtype };
     let flag = |value: bool| usize::from(value);
     Kernel::new(&PROGRAM, entry)
@@ -24,8 +29,8 @@ fn kernel(forward: &Forward, entry: &'static str, dtype: DType, warps: usize) ->
         .define("B_FIXED", flag(forward.fixed[0]))
         .define("C_FIXED", flag(forward.fixed[1]))
         .define("CHUNK", forward.chunk())
-        .define("W", warps)
-        .threads(32 * warps as u32)
+        .define("W", warps(forward)[0])
+        .define("GRAD_W", warps(forward)[1])
 }
 
 fn check(forward: &Forward) -> Result<(), Error> {
@@ -70,7 +75,7 @@ pub(super) fn run(forward: &Forward, io: &Io<'_>, launcher: &mut Launcher<'_>) -
     let (offsets, segments) = offsets(io);
     let mut memory = Scratch::new(io.workspace());
     let rest = memory.take(segments, forward.width() * x.cols);
-    let kernel = kernel(forward, "diagonal_scan", x.dtype, if forward.chunk() == 32 { 8 } else { 4 });
+    let kernel = kernel(forward, "diagonal_scan", x.dtype).threads(32 * warps(forward)[0] as u32);
     let args = [
         io.optional_input(Forward::INITIAL_STATE).into(),
         offsets,
@@ -125,7 +130,6 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
     let mut memory = Scratch::new(io.workspace());
     let mut take = |(rows, cols)| memory.take(rows, cols);
     let (row_parts, time_parts, rest) = (take(cut.row_parts), take(cut.time_parts), take(cut.states));
-    let warps = if forward.chunk() == 32 { 4 } else { 1 };
     let args = [
         offsets.clone(),
         io.optional_input(Gradient::DY).into(),
@@ -142,10 +146,9 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
         Arg::I32(segments as i32),
         cut.groups.into(),
     ];
-    let walk = kernel(forward, "diagonal_scan_grad", x.dtype, warps);
+    let walk = kernel(forward, "diagonal_scan_grad", x.dtype).threads(32 * warps(forward)[1] as u32);
     launcher.launch(walk.grid(cut.blocks, segments.max(1), 1).args(operands(io)).args(args))?;
-    // The other entry points are of the same program, so they need its macros.
-    let sum = |entry| kernel(forward, entry, x.dtype, warps).threads(256);
+    let sum = |entry| kernel(forward, entry, x.dtype).threads(256);
     let column = |m: Mat, col: usize| Arg::Ptr(m.address() + (col * size_of::<f32>()) as u64);
     for (i, input) in [B, C].into_iter().enumerate() {
         let Some(out) = io.optional_output(input) else { continue };

@@ -1,11 +1,11 @@
 // The diagonal scan, forward and backward, for research: any part may be fixed, A may be complex.
 //
-// A lane owns a channel, a warp every W-th state of its 32 channels; a block walks through a segment chunk by chunk.
+// A lane owns a channel, a warp every W-th state of the 32 channels; a block walks through a segment chunk by chunk.
 // What belongs to a step but to no state (x, the step size, sums over states) is in shared memory. Sums over states are
 // kept per warp, those over channels (dB, dC) per block of channels, those over time per segment; all are added in order.
 //
 // Macros: T type of activations; TB, TC types of B and C (T, or float where they are fixed); COMPLEX, ZOH, B_FIXED, C_FIXED 0
-// or 1; CHUNK steps between kept states; W warps of a block.
+// or 1; CHUNK steps between kept states; W and GRAD_W warps of a block, forward and backward.
 
 #define PLANES (1 + COMPLEX)
 
@@ -82,7 +82,7 @@ DEVICE void clear_rest(Mat<T> out, const int* offsets, int segment, int segments
         for (i64 t = stop; t < tokens; t++) set(out.row(t)[channel], 0.0f);
 }
 
-KERNEL __launch_bounds__(32 * W) diagonal_scan(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
+KERNEL __launch_bounds__(32 * W, 1) diagonal_scan(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
                                                Mat<float> dt_bias, Mat<float> skip, Mat<float> initial, const int* offsets,
                                                Mat<T> y, Mat<float> last, Mat<float> kept, i64 tokens, i64 channels,
                                                i64 states, int segments) {
@@ -133,12 +133,12 @@ KERNEL __launch_bounds__(32 * W) diagonal_scan(Mat<T> x, Mat<float> a, Mat<float
 // Gradients of x and dt; `row_parts` [blocks, tokens, 2 PLANES states]: dB and dC of the channels of each block, which are
 // `groups` times 32; `time_parts` [segments, 3 PLANES states + 2, channels]: dA, dB, dC, dD and the bias's; `g`: the gradient
 // of the state, between chunks and at last of the initial one.
-KERNEL __launch_bounds__(32 * W) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
+KERNEL __launch_bounds__(32 * GRAD_W, 1) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
                                                     Mat<float> dt_bias, Mat<float> skip, const int* offsets, Mat<T> dy,
                                                     Mat<float> d_last, Mat<float> kept, Mat<T> dx, Mat<T> d_dt, Mat<float> g,
                                                     float* row_parts, float* time_parts, i64 tokens, i64 channels, i64 states,
                                                     int segments, i64 groups) {
-    __shared__ float xs[CHUNK][32], deltas[CHUNK][32], dys[CHUNK][32], sums[2][W][CHUNK][32];
+    __shared__ float xs[CHUNK][32], deltas[CHUNK][32], dys[CHUNK][32], sums[2][GRAD_W][CHUNK][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.y;
     i64 plane = states * channels, width = PLANES * states;
     for (i64 group = 0; group < groups; group++) {
@@ -152,9 +152,9 @@ KERNEL __launch_bounds__(32 * W) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<
         i64 start = offsets[segment], stop = offsets[segment + 1];
         i64 chunks = (stop - start + CHUNK - 1) / CHUNK;
         float* sum_of = time_parts + segment * (3 * width + 2) * channels + channel;
-        for (i64 row = warp; row < 3 * width + 2 && here; row += W) sum_of[row * channels] = 0.0f;
+        for (i64 row = warp; row < 3 * width + 2 && here; row += GRAD_W) sum_of[row * channels] = 0.0f;
         if (here) {
-            for (i64 n = warp; n < states; n += W) {
+            for (i64 n = warp; n < states; n += GRAD_W) {
                 i64 col = n * channels + channel;
                 Number d = d_last.present() ? load_number(d_last.row(segment) + col, plane) : real(0.0f);
                 store_number(g.row(segment) + col, plane, d);
@@ -163,14 +163,14 @@ KERNEL __launch_bounds__(32 * W) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<
         for (i64 chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = start + chunk * CHUNK;
             int steps = static_cast<int>(stop - first < CHUNK ? stop - first : CHUNK);
-            for (int t = warp; t < steps; t += W) {
+            for (int t = warp; t < steps; t += GRAD_W) {
                 xs[t][lane] = here ? to_f32(x.row(first + t)[channel]) : 0.0f;
                 deltas[t][lane] = here ? step_size(dt, dt_bias, first + t, channel) : 0.0f;
                 dys[t][lane] = here && dy.present() ? to_f32(dy.row(first + t)[channel]) : 0.0f;
             }
             for (int t = 0; t < steps; t++) sums[0][warp][t][lane] = sums[1][warp][t][lane] = 0.0f;
             __syncthreads();
-            for (i64 n = warp; n < states; n += W) {
+            for (i64 n = warp; n < states; n += GRAD_W) {
                 i64 col = n * channels + channel;
                 Number zero = real(0.0f), at = zero, fixed_b = zero, fixed_c = zero, d = zero;
                 // The state before each step.
@@ -242,7 +242,7 @@ KERNEL __launch_bounds__(32 * W) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<
                 float dd = 0.0f, d_bias = 0.0f;
                 for (int t = steps - 1; t >= 0; t--) {
                     float dxt = skip.present() ? skip.data[channel] * dys[t][lane] : 0.0f, d_delta = 0.0f;
-                    for (int w = 0; w < W; w++) dxt += sums[0][w][t][lane], d_delta += sums[1][w][t][lane];
+                    for (int w = 0; w < GRAD_W; w++) dxt += sums[0][w][t][lane], d_delta += sums[1][w][t][lane];
                     dd += xs[t][lane] * dys[t][lane];
                     // The slope of softplus is the logistic function, 1 - exp(-softplus).
                     float slope = -expm1f(-deltas[t][lane]);
