@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mixers::AttentionConfig;
+use crate::mixers::{AttentionConfig, Check};
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
 const MAX_SIZE: usize = 1 << 31;
@@ -16,8 +16,6 @@ pub const MAX_LAYERS: usize = 1 << 16;
 const MAX_PARAMETERS: u128 = 1 << 40;
 /// Standard deviation of the embedding at initialisation, as in mamba-ssm.
 const EMBEDDING_STD: f32 = 0.02;
-/// Range and floor of Δ at initialisation (Mamba, section 3.6, and mamba-ssm's defaults).
-const DT_INIT: Init = Init::DtBias { min: 1e-3, max: 0.1, floor: 1e-4 };
 
 /// The normalisation in front of every mixer and MLP, and before the output matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,17 +159,6 @@ impl Mamba2Config {
     }
 }
 
-impl Mixer {
-    /// Channels of the mixer, the input width of `out_proj`.
-    pub fn d_inner(&self) -> usize {
-        match self {
-            Mixer::Mamba1(m) => m.d_inner,
-            Mixer::Mamba2(m) => m.d_inner,
-            Mixer::Attention(m) => m.heads * m.headdim,
-        }
-    }
-}
-
 /// Why a configuration is refused.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ConfigError {
@@ -210,7 +197,7 @@ pub(crate) fn multiple(layer: usize, what: &str, value: usize, of: &str, divisor
     Ok(())
 }
 
-fn epsilon(what: impl Fn() -> String, found: f32) -> Result<(), ConfigError> {
+pub(crate) fn epsilon(what: impl Fn() -> String, found: f32) -> Result<(), ConfigError> {
     if (0.0..1.0).contains(&found) {
         Ok(())
     } else {
@@ -307,11 +294,7 @@ impl ModelConfig {
         let residuals = self.layers.iter().map(|l| 1 + usize::from(l.d_intermediate.is_some())).max().unwrap_or(1);
         let scale = 1.0 / ((residuals * self.layers.len()) as f32).sqrt();
         let mut all = self.norm_tensors("norm");
-        match &layer.mixer {
-            Mixer::Mamba1(m) => m.parameters(self.d_model, scale, &mut all),
-            Mixer::Mamba2(m) => m.parameters(self.d_model, scale, &mut all),
-            other => other.parameters(self.d_model, scale, &mut all),
-        }
+        layer.mixer.parameters(self.d_model, scale, &mut all);
         if let Some(h) = layer.d_intermediate {
             all.extend(self.norm_tensors("norm2"));
             all.push(ParamSpec::matrix("mlp.fc1.weight", 2 * h, self.d_model, 1.0));
@@ -327,69 +310,10 @@ fn product(shape: &[usize]) -> u128 {
 
 impl LayerConfig {
     fn validate(&self, i: usize) -> Result<(), ConfigError> {
-        let check = |what: &str, n| positive(|| format!("layer {i}: {what}"), n);
         if let Some(h) = self.d_intermediate {
-            check("d_intermediate", h)?;
+            positive(|| format!("layer {i}: d_intermediate"), h)?;
         }
-        match &self.mixer {
-            Mixer::Mamba1(m) => {
-                check("d_inner", m.d_inner)?;
-                check("d_state", m.d_state)?;
-                check("d_conv", m.d_conv)?;
-                check("dt_rank", m.dt_rank)?;
-                if let Some(eps) = m.dt_b_c_rms {
-                    epsilon(|| format!("layer {i}: dt_b_c_rms"), eps)?;
-                }
-            }
-            Mixer::Mamba2(m) => {
-                check("d_inner", m.d_inner)?;
-                size(|| format!("layer {i}: d_ssm"), m.d_ssm, 1, m.d_inner)?;
-                check("d_state", m.d_state)?;
-                check("d_conv", m.d_conv)?;
-                check("headdim", m.headdim)?;
-                check("ngroups", m.ngroups)?;
-                check("chunk_size", m.chunk_size)?;
-                multiple(i, "d_ssm", m.d_ssm, "headdim", m.headdim)?;
-                multiple(i, "the number of heads", m.nheads(), "ngroups", m.ngroups)?;
-                let (low, high) = m.dt_limit;
-                if !(low >= 0.0 && low < high) {
-                    return Err(ConfigError::DtLimit { low, high });
-                }
-            }
-            other => other.validate(i)?,
-        }
-        Ok(())
-    }
-}
-
-impl Mamba1Config {
-    fn parameters(&self, d_model: usize, out_scale: f32, all: &mut Vec<ParamSpec>) {
-        let (d, n, r) = (self.d_inner, self.d_state, self.dt_rank);
-        linear("mixer.in_proj", 2 * d, d_model, self.bias, 1.0, all);
-        convolution(d, self.d_conv, self.conv_bias, all);
-        all.push(ParamSpec::matrix("mixer.x_proj.weight", r + 2 * n, d, 1.0));
-        let bound = (r as f32).powf(-0.5);
-        all.push(ParamSpec::new("mixer.dt_proj.weight", [d, r], ParamKind::Matrix, Init::Uniform { bound }));
-        all.push(ParamSpec::new("mixer.dt_proj.bias", [d], ParamKind::Ssm, DT_INIT));
-        all.push(ParamSpec::new("mixer.A_log", [d, n], ParamKind::Ssm, Init::LogRange));
-        all.push(ParamSpec::new("mixer.D", [d], ParamKind::Ssm, Init::Ones));
-        linear("mixer.out_proj", d_model, d, self.bias, out_scale, all);
-    }
-}
-
-impl Mamba2Config {
-    fn parameters(&self, d_model: usize, out_scale: f32, all: &mut Vec<ParamSpec>) {
-        let h = self.nheads();
-        linear("mixer.in_proj", self.d_in_proj(), d_model, self.bias, 1.0, all);
-        convolution(self.conv_dim(), self.d_conv, self.conv_bias, all);
-        all.push(ParamSpec::new("mixer.dt_bias", [h], ParamKind::Ssm, DT_INIT));
-        all.push(ParamSpec::new("mixer.A_log", [h], ParamKind::Ssm, Init::LogUniform { low: 1.0, high: 16.0 }));
-        let d_rows = if self.d_has_hdim { self.d_ssm } else { h };
-        all.push(ParamSpec::new("mixer.D", [d_rows], ParamKind::Ssm, Init::Ones));
-        if self.rmsnorm {
-            all.push(ParamSpec::new("mixer.norm.weight", [self.d_ssm], ParamKind::Norm, Init::Ones));
-        }
-        linear("mixer.out_proj", d_model, self.d_inner, self.bias, out_scale, all);
+        self.mixer.validate(&Check { layer: i })
     }
 }
 

@@ -14,6 +14,7 @@ pub mod network;
 pub mod observe;
 pub mod pattern;
 pub mod presets;
+pub mod scan_order;
 pub mod session;
 pub mod state;
 pub mod steps;

@@ -236,7 +236,7 @@ pub(super) fn write(config: &ModelConfig) -> Result<(&'static str, Values), Chec
             let groups = ("ssm.group_count", number("ngroups", m.ngroups)?);
             ("mamba2", [m.d_inner, m.d_state, m.d_conv, m.nheads()], groups)
         }
-        Mixer::Attention(_) => return Err(no("its layers are attention".into())),
+        other => return Err(no(format!("its layers are {}", other.kind()))),
     };
     let mut all = Vec::new();
     let mut put = |name: &str, value: Given| all.push((format!("{arch}.{name}"), value));

@@ -40,7 +40,7 @@ pub(in super::super) fn native_name(canonical: &str) -> String {
 pub(super) fn dims(spec: &ParamSpec, config: &ModelConfig) -> Vec<usize> {
     let mamba2 = config.layers.iter().find_map(|l| match &l.mixer {
         Mixer::Mamba2(m) => Some(m),
-        Mixer::Mamba1(_) | Mixer::Attention(_) => None,
+        _ => None,
     });
     match (spec.shape.as_slice(), mamba2) {
         (&[channels, 1, width], _) if spec.kind == ParamKind::Convolution => vec![width, channels],
