@@ -7,7 +7,7 @@
 //
 // Macros: those of kernel_rows.cu.
 
-KERNEL __launch_bounds__(THREADS) attend(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<float> positions, Mat<float> kv,
+KERNEL __launch_bounds__(THREADS, 1) attend(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<float> positions, Mat<float> kv,
                                          Mat<T> y, Mat<float> log_sums, Sizes s) {
     DYNAMIC_SHARED(memory);
     typedef Tile<BLOCK, PP> Keys;

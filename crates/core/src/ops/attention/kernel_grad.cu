@@ -16,7 +16,7 @@ KERNEL __launch_bounds__(THREADS) sum_deltas(Mat<T> y, Mat<T> dy, Mat<float> del
     if (threadIdx.x % WARP == 0) deltas.row(row)[head] = sum;
 }
 
-KERNEL __launch_bounds__(THREADS) query_grad(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<float> positions, Mat<float> kv,
+KERNEL __launch_bounds__(THREADS, 1) query_grad(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<float> positions, Mat<float> kv,
                                              Mat<T> dy, Mat<float> log_sums, Mat<float> deltas, Mat<T> dq, Sizes s) {
     DYNAMIC_SHARED(memory);
     typedef Tile<BLOCK, PP> Keys;
@@ -98,7 +98,7 @@ struct __align__(16) QueryNumbers {
 
 // A block takes TILE_ROWS keys of a segment, a key and value head and PT columns of it (blockIdx.z); a warp holds 16 of the keys.
 // Scores are transposed: keys are their rows, queries their columns.
-KERNEL __launch_bounds__(THREADS) key_grad(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<T> dy, Mat<float> log_sums,
+KERNEL __launch_bounds__(THREADS, 1) key_grad(Mat<T> q, Mat<T> k, Mat<T> v, const int* offsets, Mat<T> dy, Mat<float> log_sums,
                                            Mat<float> deltas, Mat<T> dk, Mat<T> dv, Sizes s) {
     DYNAMIC_SHARED(memory);
     typedef Tile<TILE_ROWS, PP> Keys;
