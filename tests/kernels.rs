@@ -12,9 +12,9 @@ use hognose_core::cuda::{Properties, Variant};
 use hognose_core::graph::{Layout, Recompute};
 use hognose_core::{Graph, Plan};
 use hognose_model::network::has_step;
-use hognose_model::presets;
 use hognose_model::session::{choice_graph, graph};
 use hognose_model::weights::Form;
+use hognose_model::{pattern, presets};
 use hognose_train::step::{GradientPlan, StepShape, UpdatePlan};
 
 /// Compute capabilities: A100, H100, B200, RTX 50.
@@ -32,6 +32,10 @@ const ALLOWED_SPILLS: [(&str, u32); 7] = [
     ("gather_rows", 8),
     ("step_linear", 8),
 ];
+
+/// Layers that no published model has.
+const HYBRID: &str =
+    "attention(headdim=64), attention(heads=4, kv_heads=2, headdim=128), gated_conv, lstm(d_inner=100), gru";
 
 /// Graphs of a model: training, a prompt, steps of one and of many sequences.
 fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {
@@ -92,12 +96,18 @@ fn every_kernel_compiles_for_every_gpu() {
         return;
     }
     let mut needed: HashMap<(String, (u32, u32)), Variant> = HashMap::new();
+    let hybrid = ModelConfig {
+        layers: pattern::layers(HYBRID, 256).unwrap(),
+        d_model: 256,
+        ..presets::preset("tiny").unwrap()
+    };
+    let published = ["tiny", "mamba-130m", "mamba2-130m"].map(|name| presets::preset(name).unwrap());
+    let configs: Vec<ModelConfig> = published.into_iter().chain([hybrid]).collect();
     for arch in ARCHS {
         let gpu = Properties::of_arch(arch);
-        for name in ["tiny", "mamba-130m", "mamba2-130m"] {
-            let config = presets::preset(name).unwrap();
+        for config in &configs {
             for dtype in [DType::F32, DType::BF16] {
-                for graph in graphs(&config, dtype) {
+                for graph in graphs(config, dtype) {
                     let plan = Plan::for_gpu(graph, &gpu).unwrap();
                     let variants = plan.variants(&gpu).unwrap();
                     needed.extend(variants.into_iter().map(|(key, variant)| ((key, arch), variant)));
