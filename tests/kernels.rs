@@ -96,11 +96,8 @@ fn every_kernel_compiles_for_every_gpu() {
         return;
     }
     let mut needed: HashMap<(String, (u32, u32)), Variant> = HashMap::new();
-    let hybrid = ModelConfig {
-        layers: pattern::layers(HYBRID, 256).unwrap(),
-        d_model: 256,
-        ..presets::preset("tiny").unwrap()
-    };
+    let hybrid =
+        ModelConfig { layers: pattern::layers(HYBRID, 256).unwrap(), d_model: 256, ..presets::preset("tiny").unwrap() };
     let published = ["tiny", "mamba-130m", "mamba2-130m"].map(|name| presets::preset(name).unwrap());
     let configs: Vec<ModelConfig> = published.into_iter().chain([hybrid]).collect();
     for arch in ARCHS {
