@@ -148,9 +148,6 @@ fn bits(out: &BTreeMap<String, Value>) -> Vec<(&String, Vec<u64>)> {
 /// Bytes behind a buffer that no kernel may change, and what they are.
 const GUARD: (usize, u8) = (64, 0xA5);
 
-/// Ops that have no kernel for GPUs yet.
-const CPU_ONLY: [&str; 4] = ["attention", "attention_grad", "rotary", "rotary_grad"];
-
 /// A graph with values for its inputs.
 #[derive(Default)]
 pub struct Case {
@@ -211,12 +208,10 @@ impl Case {
         }
     }
 
-    /// Runs on the GPU, if the tests were asked to and the graph has neither matrices in a CPU's layout nor ops without
-    /// a kernel.
+    /// Runs on the GPU, if the tests were asked to and the graph has no matrices in a CPU's layout.
     pub fn run_on_gpu(&self, mut check: impl FnMut(&BTreeMap<String, Value>)) {
         let packed = |t: &TensorId| self.graph.tensor(*t).layout == Layout::Panels;
-        let cpu_only = self.graph.nodes().iter().any(|node| CPU_ONLY.contains(&node.op.name()));
-        if cpu_only || self.values.iter().any(|(t, _)| packed(t)) {
+        if self.values.iter().any(|(t, _)| packed(t)) {
             return;
         }
         if let Some(gpu) = gpu() {

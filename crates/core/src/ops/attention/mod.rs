@@ -18,11 +18,13 @@
 
 mod cpu;
 mod cpu_grad;
+mod cuda;
 pub mod reference;
 #[cfg(test)]
 mod tests;
 
 use crate::cpu::Cpu;
+use crate::cuda::{Launcher, Properties};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Mat, Node, Op, TensorId};
@@ -46,8 +48,8 @@ pub(crate) unsafe fn position(state: Option<Mat>, row: usize) -> u64 {
     (f64::from(state[0]) + POSITION_UNIT * f64::from(state[1])).clamp(0.0, MAX_POSITION) as u64
 }
 
-/// Operands and options of [`attention`]. T tokens, H query heads of P numbers, G key and value heads, S segments; all
-/// but the offsets f32.
+/// Operands and options of [`attention`]. T tokens, H query heads of P numbers, G key and value heads, S segments;
+/// queries, keys and values f32 or bf16, a state f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
     /// Queries `[T, H·P]`.
@@ -73,7 +75,7 @@ pub struct Attention {
 /// Results of [`attention`].
 #[derive(Clone, Copy, Debug)]
 pub struct Attended {
-    /// `[T, H·P]`; rows in no segment are zero.
+    /// `[T, H·P]`, of the type of q; rows in no segment are zero.
     pub y: TensorId,
     /// Tokens of each segment and before `[S, 2]`. May be stored over the initial ones, as may the keys and values.
     pub final_position: TensorId,
@@ -102,9 +104,9 @@ pub fn attention(g: &mut Graph, a: Attention) -> Result<Attended, Error> {
     let segments = g.expect_segments(NAME, a.segments)?;
     let state = a.window.checked_mul(2 * kv_width);
     let Some(state) = state else { return unsupported(format!("a window of {} is too large", a.window)) };
-    g.expect_f32(NAME, "q", a.q, None, None)?;
-    g.expect_f32(NAME, "k", a.k, Some(tokens), Some(kv_width))?;
-    g.expect_f32(NAME, "v", a.v, Some(tokens), Some(kv_width))?;
+    let dtype = g.expect_float(NAME, "q", a.q)?;
+    g.expect(NAME, "k", a.k, dtype, Some(tokens), Some(kv_width))?;
+    g.expect(NAME, "v", a.v, dtype, Some(tokens), Some(kv_width))?;
     if a.position.is_some() != a.kv.is_some() {
         return unsupported("position and keys and values of a state come together".into());
     }
@@ -112,7 +114,7 @@ pub fn attention(g: &mut Graph, a: Attention) -> Result<Attended, Error> {
         g.expect_f32(NAME, "the position", position, Some(segments), Some(POSITION))?;
         g.expect_f32(NAME, "the keys and values of the state", kv, Some(segments), Some(state))?;
     }
-    let y = g.new_tensor(DType::F32, tokens, width);
+    let y = g.new_tensor(dtype, tokens, width);
     let log_sums = g.new_tensor(DType::F32, tokens, a.heads);
     let final_position = g.new_tensor(DType::F32, segments, POSITION);
     let final_kv = g.new_tensor(DType::F32, segments, state);
@@ -177,7 +179,7 @@ impl Op for Forward {
         let Some(dy) = d_outputs[0] else { return Ok(gradients) };
         for i in [Q, K, V] {
             let input = node.input(i);
-            gradients[i] = Some(g.new_tensor(DType::F32, g.rows(input), g.cols(input)));
+            gradients[i] = Some(g.new_tensor(g.dtype(input), g.rows(input), g.cols(input)));
         }
         let mut inputs = node.inputs.clone();
         inputs.extend([Some(dy), node.outputs[0], node.outputs[1]]);
@@ -195,6 +197,10 @@ impl Op for Forward {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu::run(&self.shape, io, cpu);
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(&self.shape, io, launcher)
     }
 }
 
@@ -226,5 +232,13 @@ impl Op for Gradient {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         cpu_grad::run(&self.shape, io, cpu);
+    }
+
+    fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {
+        cuda::gradient_workspace(&self.shape, g.rows(node.input(Q)))
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run_gradient(&self.shape, io, launcher)
     }
 }

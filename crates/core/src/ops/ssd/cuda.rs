@@ -7,10 +7,18 @@ use crate::error::Error;
 use crate::graph::{Io, Mat};
 use crate::ops::elementwise::cuda::{Function, map, sum_parts};
 
-static PROGRAM: Program =
-    Program { name: "ssd", source: concat!(include_str!("kernel_tiles.cu"), include_str!("kernel.cu")) };
-static GRADIENT: Program =
-    Program { name: "ssd_grad", source: concat!(include_str!("kernel_tiles.cu"), include_str!("kernel_grad.cu")) };
+static PROGRAM: Program = Program {
+    name: "ssd",
+    source: concat!(include_str!("../../cuda/tiles.cu"), include_str!("kernel_steps.cu"), include_str!("kernel.cu")),
+};
+static GRADIENT: Program = Program {
+    name: "ssd_grad",
+    source: concat!(
+        include_str!("../../cuda/tiles.cu"),
+        include_str!("kernel_steps.cu"),
+        include_str!("kernel_grad.cu")
+    ),
+};
 static RECURRENCE: Program = Program { name: "ssd_recurrence", source: include_str!("kernel_recurrence.cu") };
 
 /// Threads of a block, but for the walks, where a warp takes 16 rows of a chunk.

@@ -12,7 +12,7 @@
 //
 // Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 896 products of 16 x 8 x 16, 1450 cycles of a multiprocessor.
 //
-// Macros: those of kernel_tiles.cu; STAGES buffers that a chunk's rows are fetched into; GATE whether there is a z.
+// Macros: those of cuda/tiles.cu and kernel_steps.cu; STAGES buffers that a chunk's rows are fetched into; GATE whether there is a z.
 
 // Δ, the cumulative logarithms of decays and, for the gradient, dΔ/d(dt): a warp a head, in the chunk of slot blockIdx.x.
 KERNEL __launch_bounds__(THREADS) steps(Mat<T> dt, const float* a, const float* dt_bias, const int* offsets, float* delta,

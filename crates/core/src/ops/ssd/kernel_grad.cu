@@ -17,7 +17,7 @@
 //
 // Bounds, bf16, P 64, N 128, a head and chunk of 64 rows: 1024 products of 16 x 8 x 16, 1650 cycles of a multiprocessor.
 //
-// Macros: those of kernel_tiles.cu; STAGES buffers that a head's rows and states are fetched into.
+// Macros: those of cuda/tiles.cu and kernel_steps.cu; STAGES buffers that a head's rows and states are fetched into.
 
 typedef Spread<Q, Q, 4> PairSpread;
 typedef Spread<Q, PT, 2> ChannelSpread;

@@ -8,8 +8,10 @@
 //! in every head of P numbers, of which those from R on stay as they are. The pairing is that of GPT-NeoX and Llama.
 //! Angles are computed in f64, so positions of millions are as exact as small ones. The gradient turns back.
 
+mod cuda;
+
 use crate::cpu::Cpu;
-use crate::dtype::DType;
+use crate::cuda::Launcher;
 use crate::error::Error;
 use crate::graph::{Graph, Io, Node, Op, TensorId};
 use crate::ops::attention::{POSITION, position};
@@ -22,7 +24,7 @@ const ROWS_PER_TASK: usize = 32;
 /// Operands and options of [`rotary`].
 #[derive(Clone, Copy, Debug)]
 pub struct Rotary {
-    /// `[T, heads · P]` f32.
+    /// `[T, heads · P]`.
     pub x: TensorId,
     /// Numbers of a head, P.
     pub headdim: usize,
@@ -39,9 +41,9 @@ pub struct Rotary {
 /// Appends the turned x.
 ///
 /// # Errors
-/// x of another type or of parts of heads; an odd R, or one above P; a base that is not above 1.
+/// x that holds no floating-point numbers, or of parts of heads; an odd R, or one above P; a base that is not above 1.
 pub fn rotary(g: &mut Graph, r: Rotary) -> Result<TensorId, Error> {
-    g.expect_f32(NAME, "x", r.x, None, None)?;
+    g.expect_float(NAME, "x", r.x)?;
     let unsupported = |message: String| Err(Error::Unsupported { op: NAME, message });
     if r.headdim == 0 || !g.cols(r.x).is_multiple_of(r.headdim) {
         return unsupported(format!("the {} columns of x are no multiple of heads of {}", g.cols(r.x), r.headdim));
@@ -71,7 +73,7 @@ struct Turn {
 
 impl Turn {
     fn push(self, g: &mut Graph, x: TensorId, segments: TensorId, position: Option<TensorId>) -> TensorId {
-        let y = g.new_tensor(DType::F32, g.rows(x), g.cols(x));
+        let y = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
         g.push(self, vec![Some(x), Some(segments), position], vec![Some(y)]);
         y
     }
@@ -99,6 +101,10 @@ impl Op for Turn {
 
     fn flops(&self, g: &Graph, node: &Node) -> f64 {
         (3 * g.rows(node.input(0)) * g.cols(node.input(0))) as f64
+    }
+
+    fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
+        cuda::run(self, io, launcher)
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
@@ -139,7 +145,7 @@ fn angle(position: f64, i: usize, dims: usize, base: f32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::testing::{Case, Value, check_op};
+    use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
     /// Results are rounded twice.
     const BOUND: (f64, f64) = (3e-7, 3e-7);
@@ -177,7 +183,9 @@ mod tests {
             let far = (1 << 21) as f64 + 5.0;
             let positions = [3.0, 4.0, 5.0, 6.0, far, far + 1.0, far + 2.0];
             let reference = |v: &[Value]| vec![expected(&v[0], &positions, headdim, dims)];
-            check_op(&inputs, &["x"], |g, t| vec![build(g, t, headdim, dims)], reference, BOUND);
+            let op = |g: &mut Graph, t: &[TensorId]| vec![build(g, t, headdim, dims)];
+            check_op(&inputs, &["x"], op, reference, BOUND);
+            check_op_bf16(&inputs, &["x"], &["x"], op, reference, BF16_BOUNDS);
         }
     }
 

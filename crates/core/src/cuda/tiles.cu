@@ -1,25 +1,15 @@
 // Tiles in shared memory and their products on tensor cores, and where the pieces of segments lie: what the kernels of
-// SSD share.
+// SSD and of attention share.
 //
 // Operands of products are bf16. Numbers in f32 are held as a sum of three bf16 (SPLIT 3), whose products are added up
 // but for those below the precision of f32: six instead of one.
 //
-// Macros: T type of activations; SPLIT 1 for bf16, 3 for f32; Q rows of a chunk; PT channels of a head that a block handles;
-// NP the state size rounded up to a power of two, at least 16; V elements that one access of a row of x, B or C takes;
-// THREADS of a block.
+// Macros: T type of activations; SPLIT 1 for bf16, 3 for f32; PT columns of results that a block holds, which decide how
+// far products are unrolled; V elements that one access of a row takes; THREADS of a block.
 
 #define WARPS (THREADS / WARP)
 // Rows go to shared memory as they are, without a thread's registers.
 #define ASYNC (SPLIT == 1 && V == 8)
-
-// Sizes that are known when a kernel is launched.
-struct Sizes {
-    i64 tokens, segments, heads, headdim, d_state, heads_per_group;
-    // Rows of a span; more than there are tokens where segments are not cut.
-    i64 span;
-    // D has a value for each channel, not for each head.
-    i64 d_per_channel;
-};
 
 // --- pieces of segments -----------------------------------------------------------------------------------------------
 
@@ -46,7 +36,8 @@ DEVICE Piece piece_of(const int* offsets, i64 segments, i64 slot, i64 size) {
 }
 
 // Zeros in the rows of no segment: columns [col, col + cols).
-DEVICE void clear_outside(Mat<T> m, i64 col, i64 cols, const int* offsets, const Sizes& s) {
+template <class E, class Sizes>
+DEVICE void clear_outside(Mat<E> m, i64 col, i64 cols, const int* offsets, const Sizes& s) {
     if (!m.present()) return;
     i64 start = s.segments > 0 ? offsets[0] : s.tokens, end = s.segments > 0 ? offsets[s.segments] : s.tokens;
     i64 rows = start + s.tokens - end;
@@ -357,44 +348,4 @@ DEVICE void store_result(E* to, I stride, const typename S::Acc& acc, const S& s
                     }
                 }
             }
-}
-
-// --- steps of a chunk -------------------------------------------------------------------------------------------------
-
-// What `steps` made of the chunk in each slot and head, Q numbers each: Δ; the sum of the logarithms of the decays to the
-// base 2 up to and with each row, and what f32 lost of it.
-struct Steps {
-    const float *delta, *cum, *rest;
-};
-
-// The steps of one chunk and head in shared memory.
-struct __align__(16) ChunkSteps {
-    float delta[Q], cum[Q], rest[SPLIT > 1 ? Q : 4];
-    // The decay from after row `from` to after row `to`.
-    DEVICE float decay(int to, int from) const {
-        float log = cum[to] - cum[from];
-        if (SPLIT > 1) log += rest[to] - rest[from];
-        return ex2(log);
-    }
-    // From after row j, or j + 1, to after row `to`; 0 if they come later.
-    DEVICE f32x2 decay_pair(int to, int j) const {
-        f32x2 one = *reinterpret_cast<const f32x2*>(cum + j);
-        float x = cum[to] - one.x, y = cum[to] - one.y;
-        if (SPLIT > 1) x += rest[to] - rest[j], y += rest[to] - rest[j + 1];
-        return f32x2{to >= j ? ex2(x) : 0.0f, to > j ? ex2(y) : 0.0f};
-    }
-    DEVICE f32x2 delta_pair(int j) const { return *reinterpret_cast<const f32x2*>(delta + j); }
-    // From the chunk's start to after row t, from after row t to the chunk's end, and over all of it.
-    DEVICE float before(int t) const { return ex2(SPLIT > 1 ? cum[t] + rest[t] : cum[t]); }
-    DEVICE float after(int t) const { return decay(Q - 1, t); }
-    DEVICE float whole() const { return before(Q - 1); }
-};
-
-DEVICE void fetch_steps(ChunkSteps& to, const Steps& from, i64 slot, i64 heads, i64 head) {
-    i64 at = (slot * heads + head) * Q;
-    int t = threadIdx.x * 4;
-    if (t >= Q) return;
-    copy_async16(to.delta + t, from.delta + at + t);
-    copy_async16(to.cum + t, from.cum + at + t);
-    if (SPLIT > 1) copy_async16(to.rest + t, from.rest + at + t);
 }
