@@ -7,20 +7,24 @@ use crate::error::Error;
 use crate::graph::{Io, Mat};
 use crate::ops::tasks::Scratch;
 
-static PROGRAM: Program = Program { name: "diagonal_scan", source: include_str!("kernel.cu") };
+static FORWARD: Program =
+    Program { name: "diagonal_scan", source: concat!(include_str!("common.cu"), include_str!("forward.cu")) };
+static BACKWARD: Program =
+    Program { name: "diagonal_scan_grad", source: concat!(include_str!("common.cu"), include_str!("backward.cu")) };
 
 /// Numbers of a channel's state up to which a chunk fits into shared memory.
 const MOST: usize = 64;
 
-/// Warps of a block, forward and backward: as many as have room for what they share.
-fn warps(forward: &Forward) -> [usize; 2] {
-    if forward.chunk() == 32 { [8, 4] } else { [4, 1] }
-}
-
-fn kernel(forward: &Forward, entry: &'static str, dtype: DType) -> Kernel {
+fn kernel(forward: &Forward, program: &'static Program, entry: &'static str, dtype: DType) -> Kernel {
+    // As many warps as have room for what they share.
+    let warps = match (std::ptr::eq(program, &FORWARD), forward.chunk() == 32) {
+        (true, true) => 8,
+        (true, false) | (false, true) => 4,
+        (false, false) => 1,
+    };
     let part = |i: usize| if forward.fixed[i] { DType::F32 } else { dtype };
     let flag = |value: bool| usize::from(value);
-    Kernel::new(&PROGRAM, entry)
+    Kernel::new(program, entry)
         .define_type("T", dtype)
         .define_type("TB", part(0))
         .define_type("TC", part(1))
@@ -29,8 +33,8 @@ fn kernel(forward: &Forward, entry: &'static str, dtype: DType) -> Kernel {
         .define("B_FIXED", flag(forward.fixed[0]))
         .define("C_FIXED", flag(forward.fixed[1]))
         .define("CHUNK", forward.chunk())
-        .define("W", warps(forward)[0])
-        .define("GRAD_W", warps(forward)[1])
+        .define("W", warps)
+        .threads(32 * warps)
 }
 
 fn check(forward: &Forward) -> Result<(), Error> {
@@ -75,7 +79,7 @@ pub(super) fn run(forward: &Forward, io: &Io<'_>, launcher: &mut Launcher<'_>) -
     let (offsets, segments) = offsets(io);
     let mut memory = Scratch::new(io.workspace());
     let rest = memory.take(segments, forward.width() * x.cols);
-    let kernel = kernel(forward, "diagonal_scan", x.dtype).threads(32 * warps(forward)[0] as u32);
+    let kernel = kernel(forward, &FORWARD, "diagonal_scan", x.dtype);
     let args = [
         io.optional_input(Forward::INITIAL_STATE).into(),
         offsets,
@@ -146,9 +150,9 @@ pub(super) fn run_grad(gradient: &Gradient, io: &Io<'_>, launcher: &mut Launcher
         Arg::I32(segments as i32),
         cut.groups.into(),
     ];
-    let walk = kernel(forward, "diagonal_scan_grad", x.dtype).threads(32 * warps(forward)[1] as u32);
+    let walk = kernel(forward, &BACKWARD, "diagonal_scan_grad", x.dtype);
     launcher.launch(walk.grid(cut.blocks, segments.max(1), 1).args(operands(io)).args(args))?;
-    let sum = |entry| kernel(forward, entry, x.dtype).threads(256);
+    let sum = |entry| kernel(forward, &BACKWARD, entry, x.dtype).threads(256);
     let column = |m: Mat, col: usize| Arg::Ptr(m.address() + (col * size_of::<f32>()) as u64);
     for (i, input) in [B, C].into_iter().enumerate() {
         let Some(out) = io.optional_output(input) else { continue };

@@ -1,144 +1,13 @@
-// The diagonal scan, forward and backward, for research: any part may be fixed, A may be complex.
-//
-// A lane owns a channel, a warp every W-th state of the 32 channels; a block walks through a segment chunk by chunk.
-// What belongs to a step but to no state (x, the step size, sums over states) is in shared memory. Sums over states are
-// kept per warp, those over channels (dB, dC) per block of channels, those over time per segment; all are added in order.
-//
-// Macros: T type of activations; TB, TC types of B and C (T, or float where they are fixed); COMPLEX, ZOH, B_FIXED, C_FIXED 0
-// or 1; CHUNK steps between kept states; W and GRAD_W warps of a block, forward and backward.
-
-#define PLANES (1 + COMPLEX)
-
-struct Number {
-    float re, im;
-};
-DEVICE Number real(float re) { return Number{re, 0.0f}; }
-DEVICE Number conj(Number a) { return Number{a.re, -a.im}; }
-DEVICE Number scale(Number a, float by) { return Number{a.re * by, COMPLEX ? a.im * by : 0.0f}; }
-DEVICE Number add(Number a, Number b) { return Number{a.re + b.re, COMPLEX ? a.im + b.im : 0.0f}; }
-DEVICE Number mul(Number a, Number b) {
-    if (!COMPLEX) return real(a.re * b.re);
-    return Number{a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-DEVICE Number exp(Number z) {
-    float magnitude = expf(z.re);
-    return COMPLEX ? Number{magnitude * cosf(z.im), magnitude * sinf(z.im)} : real(magnitude);
-}
-// Where |z| < 1/2 the sum of z^k c_k, elsewhere over / z.
-DEVICE Number near_or_far(Number z, const float* c, Number over) {
-    float square = z.re * z.re + (COMPLEX ? z.im * z.im : 0.0f);
-    if (square >= 0.25f) return scale(mul(over, conj(z)), 1.0f / square);
-    Number sum = real(c[8]);
-#pragma unroll
-    for (int k = 7; k >= 0; k--) sum = add(mul(sum, z), real(c[k]));
-    return sum;
-}
-// (e^z - 1) / z and its derivative, given e^z.
-DEVICE Number phi(Number z, Number e) {
-    const float c[9] = {1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040, 1.0f / 40320, 1.0f / 362880};
-    return near_or_far(z, c, Number{e.re - 1.0f, e.im});
-}
-DEVICE Number phi_slope(Number z, Number e) {
-    const float c[9] = {1.0f / 2, 1.0f / 3, 1.0f / 8, 1.0f / 30, 1.0f / 144, 1.0f / 840, 1.0f / 5760, 1.0f / 45360, 1.0f / 403200};
-    return near_or_far(z, c, add(e, scale(phi(z, e), -1.0f)));
-}
-
-// A number of a row whose imaginary parts are `plane` elements behind the real ones.
-template <typename E>
-DEVICE Number load_number(const E* from, i64 plane) {
-    return Number{to_f32(from[0]), COMPLEX ? to_f32(from[plane]) : 0.0f};
-}
-DEVICE void store_number(float* to, i64 plane, Number a) {
-    to[0] = a.re;
-    if (COMPLEX) to[plane] = a.im;
-}
-
-// What a step makes of A: the decay, and what multiplies B x.
-struct Step {
-    Number decay, factor;
-    DEVICE Step(Number a, float delta) {
-        Number z = scale(a, delta);
-        decay = exp(z);
-        factor = ZOH ? scale(phi(z, decay), delta) : real(delta);
-    }
-};
-
-DEVICE float step_size(Mat<T> dt, Mat<float> bias, i64 row, i64 channel) {
-    float raw = dt.present() ? to_f32(dt.row(row)[channel]) : 0.0f;
-    return softplus(raw + (bias.present() ? bias.data[channel] : 0.0f));
-}
-
-DEVICE Number a_of(Mat<float> a, Mat<float> a_imag, i64 channel, i64 n) {
-    return Number{a.row(channel)[n], COMPLEX ? a_imag.row(channel)[n] : 0.0f};
-}
-
-// Rows of `out` in no segment become zero; by the blocks of the first and of the last segment.
-DEVICE void clear_rest(Mat<T> out, const int* offsets, int segment, int segments, i64 tokens, i64 channel) {
-    if (!out.present()) return;
-    i64 start = segments > 0 ? offsets[0] : tokens, stop = segments > 0 ? offsets[segments] : tokens;
-    if (segment == 0)
-        for (i64 t = 0; t < start; t++) set(out.row(t)[channel], 0.0f);
-    if (segment + 1 == segments)
-        for (i64 t = stop; t < tokens; t++) set(out.row(t)[channel], 0.0f);
-}
-
-KERNEL __launch_bounds__(32 * W, 1) diagonal_scan(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
-                                               Mat<float> dt_bias, Mat<float> skip, Mat<float> initial, const int* offsets,
-                                               Mat<T> y, Mat<float> last, Mat<float> kept, i64 tokens, i64 channels,
-                                               i64 states, int segments) {
-    __shared__ float xs[CHUNK][32], deltas[CHUNK][32], sums[W][CHUNK][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.y;
-    i64 channel = static_cast<i64>(blockIdx.x) * 32 + lane, plane = states * channels;
-    bool here = channel < channels;
-    if (here && warp == 0) clear_rest(y, offsets, segment, segments, tokens, channel);
-    if (segments == 0) return;
-    i64 start = offsets[segment], stop = offsets[segment + 1];
-    // An empty segment has one chunk without steps, which passes the states on.
-    for (i64 chunk = 0; chunk == 0 || start + chunk * CHUNK < stop; chunk++) {
-        i64 first = start + chunk * CHUNK;
-        int steps = static_cast<int>(stop - first < CHUNK ? stop - first : CHUNK);
-        for (int t = warp; t < steps && here; t += W) {
-            xs[t][lane] = to_f32(x.row(first + t)[channel]);
-            deltas[t][lane] = step_size(dt, dt_bias, first + t, channel);
-        }
-        for (int t = 0; t < steps; t++) sums[warp][t][lane] = 0.0f;
-        __syncthreads();
-        for (i64 n = warp; n < states && here; n += W) {
-            Mat<float> from = chunk == 0 ? initial : last;
-            i64 col = n * channels + channel;
-            Number h = from.present() ? load_number(from.row(segment) + col, plane) : real(0.0f);
-            if (kept.present() && steps > 0) store_number(kept.row(start / CHUNK + segment + chunk) + col, plane, h);
-            Number at = a_of(a, a_imag, channel, n), fixed_b = real(0.0f), fixed_c = real(0.0f);
-            if (B_FIXED) fixed_b = load_number(b.row(channel) + n, states);
-            if (C_FIXED) fixed_c = load_number(c.row(channel) + n, states);
-            for (int t = 0; t < steps; t++) {
-                Step step(at, deltas[t][lane]);
-                Number bt = B_FIXED ? fixed_b : load_number(b.row(first + t) + n, states);
-                Number ct = C_FIXED ? fixed_c : load_number(c.row(first + t) + n, states);
-                h = add(mul(step.decay, h), scale(mul(step.factor, bt), xs[t][lane]));
-                sums[warp][t][lane] += static_cast<float>(PLANES) * mul(ct, h).re;
-            }
-            store_number(last.row(segment) + col, plane, h);
-        }
-        __syncthreads();
-        for (int t = warp; t < steps && here && y.present(); t += W) {
-            float sum = skip.present() ? skip.data[channel] * xs[t][lane] : 0.0f;
-            for (int w = 0; w < W; w++) sum += sums[w][t][lane];
-            set(y.row(first + t)[channel], sum);
-        }
-        __syncthreads();
-    }
-}
 
 // Gradients of x and dt; `row_parts` [blocks, tokens, 2 PLANES states]: dB and dC of the channels of each block, which are
 // `groups` times 32; `time_parts` [segments, 3 PLANES states + 2, channels]: dA, dB, dC, dD and the bias's; `g`: the gradient
 // of the state, between chunks and at last of the initial one.
-KERNEL __launch_bounds__(32 * GRAD_W, 1) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
+KERNEL __launch_bounds__(32 * W, 1) diagonal_scan_grad(Mat<T> x, Mat<float> a, Mat<float> a_imag, Mat<TB> b, Mat<TC> c, Mat<T> dt,
                                                     Mat<float> dt_bias, Mat<float> skip, const int* offsets, Mat<T> dy,
                                                     Mat<float> d_last, Mat<float> kept, Mat<T> dx, Mat<T> d_dt, Mat<float> g,
                                                     float* row_parts, float* time_parts, i64 tokens, i64 channels, i64 states,
                                                     int segments, i64 groups) {
-    __shared__ float xs[CHUNK][32], deltas[CHUNK][32], dys[CHUNK][32], sums[2][GRAD_W][CHUNK][32];
+    __shared__ float xs[CHUNK][32], deltas[CHUNK][32], dys[CHUNK][32], sums[2][W][CHUNK][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, segment = blockIdx.y;
     i64 plane = states * channels, width = PLANES * states;
     for (i64 group = 0; group < groups; group++) {
@@ -152,9 +21,9 @@ KERNEL __launch_bounds__(32 * GRAD_W, 1) diagonal_scan_grad(Mat<T> x, Mat<float>
         i64 start = offsets[segment], stop = offsets[segment + 1];
         i64 chunks = (stop - start + CHUNK - 1) / CHUNK;
         float* sum_of = time_parts + segment * (3 * width + 2) * channels + channel;
-        for (i64 row = warp; row < 3 * width + 2 && here; row += GRAD_W) sum_of[row * channels] = 0.0f;
+        for (i64 row = warp; row < 3 * width + 2 && here; row += W) sum_of[row * channels] = 0.0f;
         if (here) {
-            for (i64 n = warp; n < states; n += GRAD_W) {
+            for (i64 n = warp; n < states; n += W) {
                 i64 col = n * channels + channel;
                 Number d = d_last.present() ? load_number(d_last.row(segment) + col, plane) : real(0.0f);
                 store_number(g.row(segment) + col, plane, d);
@@ -163,14 +32,14 @@ KERNEL __launch_bounds__(32 * GRAD_W, 1) diagonal_scan_grad(Mat<T> x, Mat<float>
         for (i64 chunk = chunks - 1; chunk >= 0; chunk--) {
             i64 first = start + chunk * CHUNK;
             int steps = static_cast<int>(stop - first < CHUNK ? stop - first : CHUNK);
-            for (int t = warp; t < steps; t += GRAD_W) {
+            for (int t = warp; t < steps; t += W) {
                 xs[t][lane] = here ? to_f32(x.row(first + t)[channel]) : 0.0f;
                 deltas[t][lane] = here ? step_size(dt, dt_bias, first + t, channel) : 0.0f;
                 dys[t][lane] = here && dy.present() ? to_f32(dy.row(first + t)[channel]) : 0.0f;
             }
             for (int t = 0; t < steps; t++) sums[0][warp][t][lane] = sums[1][warp][t][lane] = 0.0f;
             __syncthreads();
-            for (i64 n = warp; n < states; n += GRAD_W) {
+            for (i64 n = warp; n < states; n += W) {
                 i64 col = n * channels + channel;
                 Number zero = real(0.0f), at = zero, fixed_b = zero, fixed_c = zero, d = zero;
                 // The state before each step.
@@ -242,7 +111,7 @@ KERNEL __launch_bounds__(32 * GRAD_W, 1) diagonal_scan_grad(Mat<T> x, Mat<float>
                 float dd = 0.0f, d_bias = 0.0f;
                 for (int t = steps - 1; t >= 0; t--) {
                     float dxt = skip.present() ? skip.data[channel] * dys[t][lane] : 0.0f, d_delta = 0.0f;
-                    for (int w = 0; w < GRAD_W; w++) dxt += sums[0][w][t][lane], d_delta += sums[1][w][t][lane];
+                    for (int w = 0; w < W; w++) dxt += sums[0][w][t][lane], d_delta += sums[1][w][t][lane];
                     dd += xs[t][lane] * dys[t][lane];
                     // The slope of softplus is the logistic function, 1 - exp(-softplus).
                     float slope = -expm1f(-deltas[t][lane]);
