@@ -14,6 +14,7 @@ pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
+pub mod permute_rows;
 pub mod rnn;
 pub mod rotary;
 pub mod sample;
