@@ -1,5 +1,5 @@
 //! Orders in which the cells of a grid become a sequence: permutations with exact inverses, one gather before a scan and
-//! its inverse behind it.
+//! its inverse behind it ([`hognose_core::ops::permute_rows`]).
 //!
 //! A grid has two or three axes, (h, w) or (t, h, w); cells are numbered with the last axis fastest. An order's text is
 //! its name and the grid, such as `snake3-14x14`, `columns-reversed-8x8` or `hilbert-4x8x8`; the names:
