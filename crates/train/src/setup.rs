@@ -140,6 +140,9 @@ fn fresh_model(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<ModelConfi
     model.eos_token_ids = boundary.into_iter().collect();
     model.pad_token_id = boundary;
     model.validate().map_err(hognose_model::Error::from)?;
+    let what =
+        "it would see the tokens that it is to predict; train it with an objective of your own through the library";
+    model.expect_causal(what).map_err(hognose_model::Error::from)?;
     Ok(model)
 }
 

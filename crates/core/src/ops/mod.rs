@@ -14,6 +14,7 @@ pub mod gather_rows;
 pub mod layout;
 pub mod linear;
 pub mod norm;
+pub mod reverse_rows;
 pub mod rotary;
 pub mod sample;
 pub mod scan_step;

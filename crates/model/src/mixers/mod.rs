@@ -3,8 +3,10 @@
 
 mod attention;
 mod mamba;
+mod vim;
 
 pub use attention::AttentionConfig;
+pub use vim::VimConfig;
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
 
@@ -34,7 +36,7 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 3] = ["mamba1", "mamba2", "attention"];
+    pub const KINDS: [&str; 4] = ["mamba1", "mamba2", "attention", "vim"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -42,6 +44,7 @@ impl Mixer {
             "mamba1" => Mixer::Mamba1(Mamba1Config::of_width(d_model)),
             "mamba2" => Mixer::Mamba2(Mamba2Config::of_width(d_model)),
             "attention" => Mixer::Attention(AttentionConfig::of_width(d_model)),
+            "vim" => Mixer::Vim(VimConfig::of_width(d_model)),
             _ => return None,
         })
     }
@@ -51,6 +54,7 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::Vim(m) => m,
         }
     }
 
@@ -59,6 +63,7 @@ impl Mixer {
             Mixer::Mamba1(m) => m,
             Mixer::Mamba2(m) => m,
             Mixer::Attention(m) => m,
+            Mixer::Vim(m) => m,
         }
     }
 
@@ -80,6 +85,11 @@ impl Mixer {
     /// The same kind with the usual sizes for another width of the model; a Mamba keeps what does not depend on it.
     pub fn resize(&mut self, old: usize, new: usize) {
         self.get_mut().resize(old, new);
+    }
+
+    /// Whether a token's result depends on no token after it.
+    pub fn is_causal(&self) -> bool {
+        !matches!(self, Mixer::Vim(_))
     }
 
     pub(crate) fn state(&self) -> Vec<(&'static str, usize)> {

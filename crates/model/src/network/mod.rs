@@ -6,6 +6,7 @@ mod mamba1;
 mod mamba2;
 mod mlp;
 mod step;
+mod vim;
 
 pub use step::has_step;
 
@@ -235,6 +236,7 @@ impl<'a> Recorder<'a> {
                 Mixer::Mamba1(m) => self.mamba1(i, &name, m, &widths, normed)?,
                 Mixer::Mamba2(m) => self.mamba2(i, &name, m, &widths, normed)?,
                 Mixer::Attention(m) => self.attention(i, &name, m, &widths, normed)?,
+                Mixer::Vim(m) => self.vim(&name, m, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);
