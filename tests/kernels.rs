@@ -93,7 +93,8 @@ fn every_kernel_compiles_for_every_gpu() {
     }
     let mut needed: HashMap<(String, (u32, u32)), Variant> = HashMap::new();
     let hybrid = ModelConfig {
-        layers: pattern::layers("attention(headdim=64), attention(heads=4, kv_heads=2, headdim=128)", 256).unwrap(),
+        layers: pattern::layers("attention(headdim=64), attention(heads=4, kv_heads=2, headdim=128), vim", 256)
+            .unwrap(),
         d_model: 256,
         ..presets::preset("tiny").unwrap()
     };
