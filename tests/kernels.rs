@@ -37,7 +37,7 @@ const ALLOWED_SPILLS: [(&str, u32); 8] = [
 /// Layers that no published model has.
 const HYBRID: &str = "attention(headdim=64), attention(heads=4, kv_heads=2, headdim=128), gated_conv, \
                       lstm(d_inner=100), gru, s4d(discretization=bilinear), s4, h3, \
-                      s6(discretization=zoh), s6(a=lin, dt=fixed, c=fixed), s6(a=legs, b=fixed, discretization=zoh)";
+                      s6(discretization=zoh), s6(a=lin, dt=fixed, c=fixed), s6(a=legs, b=fixed, discretization=zoh), vim";
 
 /// Graphs of a model: training, a prompt, steps of one and of many sequences.
 fn graphs(config: &ModelConfig, dtype: DType) -> Vec<Graph> {

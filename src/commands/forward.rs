@@ -29,6 +29,9 @@ pub fn run(args: ForwardArgs) -> anyhow::Result<()> {
     }
     eprintln!("{}: {}", args.model, super::describe(&loaded));
     let vocabulary = loaded.model.config.padded_vocab;
+    if let Err(error) = loaded.model.config.expect_causal("the loss is of tokens that it sees") {
+        eprintln!("warning: {error}");
+    }
 
     let total = (ids.batch * ids.length) as u64;
     let bar = terminal::bar(total, "forward {wide_bar} {pos}/{len} tokens, {eta} left");

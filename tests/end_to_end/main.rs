@@ -1,5 +1,6 @@
 //! The whole program, from its command line to its files. One binary, because linking takes longer than testing.
 
+mod bidirectional;
 mod checkpoints;
 mod cli;
 mod common;

@@ -89,6 +89,11 @@ pub enum Event {
     Token(u32),
 }
 
+fn expect_causal(session: &Session<'_>) -> Result<(), Error> {
+    let what = "it cannot generate a text token after token";
+    Ok(session.model().config.expect_causal(what).map_err(hognose_model::Error::from)?)
+}
+
 /// Continues `state` (or an empty one) with `prompt`, then generates. The session must have one slot. `watch` sees
 /// every new token and may end the generation.
 pub fn generate(
@@ -98,6 +103,7 @@ pub fn generate(
     options: &GenerateOptions,
     mut watch: impl FnMut(Event) -> ControlFlow<Finish>,
 ) -> Result<Generated, Error> {
+    expect_causal(session)?;
     let mut sampler = Sampler::new(options.sampling.clone())?;
     let mut prompt_ids = Vec::new();
     match state {
@@ -183,6 +189,7 @@ pub fn generate_all(
     if prompts.len() != options.len() || prompts.iter().any(Vec::is_empty) {
         return Err(Error::EmptyPrompt);
     }
+    expect_causal(session)?;
     let mut samplers = Vec::new();
     for (slot, (prompt, options)) in prompts.iter().zip(options).enumerate() {
         session.reset(slot);

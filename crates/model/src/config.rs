@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mixers::{
     AttentionConfig, Check, Diagonal, GatedConvConfig, GruConfig, H3Config, LstmConfig, S4Config, S4dConfig, S6Config,
-    Transition,
+    Transition, VimConfig,
 };
 
 /// Largest single size (width, state, vocabulary …) that is taken for real.
@@ -98,6 +98,8 @@ pub enum Mixer {
     Lstm(LstmConfig),
     /// The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078).
     Gru(GruConfig),
+    /// Mamba-1 in both directions (Zhu et al. 2024, arXiv 2401.09417).
+    Vim(VimConfig),
 }
 
 /// A Mamba-1 mixer.
@@ -197,6 +199,9 @@ pub enum ConfigError {
     /// More parameters than any machine holds.
     #[error("the sizes make {found} parameters, more than the {max} that are taken for real; check them")]
     TooLarge { found: u128, max: u128 },
+    /// What only a causal model can do.
+    #[error("layer {layer} ({kind}) reads a sequence in both directions, so {what}")]
+    NotCausal { layer: usize, kind: &'static str, what: &'static str },
 }
 
 pub(crate) fn size(what: impl Fn() -> String, found: usize, min: usize, max: usize) -> Result<(), ConfigError> {
@@ -255,6 +260,22 @@ impl ModelConfig {
             return Err(ConfigError::TooLarge { found, max: MAX_PARAMETERS });
         }
         Ok(())
+    }
+
+    /// Whether no token's result depends on a token after it.
+    pub fn is_causal(&self) -> bool {
+        self.layers.iter().all(|layer| layer.mixer.is_causal())
+    }
+
+    /// Refuses a model that is not causal; `what` says what cannot be then.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotCausal`] names the first such layer.
+    pub fn expect_causal(&self, what: &'static str) -> Result<(), ConfigError> {
+        match self.layers.iter().position(|layer| !layer.mixer.is_causal()) {
+            Some(layer) => Err(ConfigError::NotCausal { layer, kind: self.layers[layer].mixer.kind(), what }),
+            None => Ok(()),
+        }
     }
 
     /// Number of parameters; a tied output matrix counts once.

@@ -144,7 +144,11 @@ impl<'m> Session<'m> {
     }
 
     /// Tokens that are processed at once: a multiple of every chunk grid, so that prompts are cut on it.
+    /// A model that is not causal takes any sequence at once.
     pub fn prefill_tokens(&self) -> usize {
+        if !self.model.config.is_causal() {
+            return i32::MAX as usize;
+        }
         let chunk = |l: &crate::config::LayerConfig| match &l.mixer {
             Mixer::Mamba2(m) => m.chunk_size,
             _ => 1,
@@ -178,6 +182,12 @@ impl<'m> Session<'m> {
         }
         if let Some(&row) = rows.iter().find(|&&r| r >= ids.len()) {
             return Err(Error::Row { row, rows: ids.len() });
+        }
+        let goes_on = |(&position, ends): (&u64, &[i32])| position > 0 && ends[0] < ends[1];
+        if self.positions.iter().zip(pack.offsets().windows(2)).any(goes_on) {
+            self.model
+                .config
+                .expect_causal("a sequence is one call and cannot go on; reset the session before another")?;
         }
         let shape = self.shape(pack, rows);
         self.prepare(shape)?;

@@ -54,6 +54,8 @@ pub fn measure(
     mut progress: impl FnMut(u64) -> bool,
 ) -> Result<Option<Cost>, Error> {
     let vocabulary = session.model().config.padded_vocab;
+    let what = "it would see the tokens that it is to predict";
+    session.model().config.expect_causal(what).map_err(hognose_model::Error::from)?;
     let largest = session.prefill_tokens();
     let mut cost = Cost::default();
     for document in 0..store.documents() {

@@ -96,6 +96,9 @@ impl Setup {
             Some(folder) => checkpoint::read_config(folder)?.2,
             None => fresh_model(config, &tokenizer)?,
         };
+        let what =
+            "it would see the tokens that it is to predict; train it with a loss of your own through the library";
+        model.expect_causal(what).map_err(hognose_model::Error::from)?;
         let store = |documents: &[Document]| tokens(documents, &tokenizer, &model).map(Arc::new);
         let training = store(&split.training)?;
         let evaluation = if split.validation.is_empty() {

@@ -18,6 +18,7 @@ pub mod lti_discretise;
 pub mod lti_scan;
 pub mod norm;
 pub mod permute_rows;
+pub mod reverse_rows;
 pub mod rnn;
 pub mod rotary;
 pub mod sample;

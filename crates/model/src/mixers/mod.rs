@@ -7,12 +7,14 @@ mod lti;
 mod mamba;
 mod rnn;
 mod s6;
+mod vim;
 
 pub use attention::AttentionConfig;
 pub use gated_conv::GatedConvConfig;
 pub use lti::{Diagonal, Discretization, H3Config, S4Config, S4dConfig};
 pub use rnn::{GruConfig, LstmConfig, RnnConfig};
 pub use s6::{Choice, InputRule, S6Config, Transition};
+pub use vim::VimConfig;
 
 use crate::config::{ConfigError, Mamba1Config, Mamba2Config, Mixer, ParamSpec};
 
@@ -42,8 +44,8 @@ pub(crate) trait Kind {
 
 impl Mixer {
     /// The names of all kinds, as in patterns and configurations.
-    pub const KINDS: [&str; 10] =
-        ["mamba1", "mamba2", "attention", "s6", "s4d", "s4", "h3", "gated_conv", "lstm", "gru"];
+    pub const KINDS: [&str; 11] =
+        ["mamba1", "mamba2", "attention", "s6", "s4d", "s4", "h3", "gated_conv", "lstm", "gru", "vim"];
 
     /// A mixer of a kind with the usual sizes in a model of width `d_model`, if the kind exists.
     pub fn of_kind(kind: &str, d_model: usize) -> Option<Mixer> {
@@ -58,6 +60,7 @@ impl Mixer {
             "gated_conv" => Mixer::GatedConv(GatedConvConfig::of_width(d_model)),
             "lstm" => Mixer::Lstm(LstmConfig::of_width(d_model)),
             "gru" => Mixer::Gru(GruConfig::of_width(d_model)),
+            "vim" => Mixer::Vim(VimConfig::of_width(d_model)),
             _ => return None,
         })
     }
@@ -74,6 +77,7 @@ impl Mixer {
             Mixer::GatedConv(m) => m,
             Mixer::Lstm(m) => m,
             Mixer::Gru(m) => m,
+            Mixer::Vim(m) => m,
         }
     }
 
@@ -89,6 +93,7 @@ impl Mixer {
             Mixer::GatedConv(m) => m,
             Mixer::Lstm(m) => m,
             Mixer::Gru(m) => m,
+            Mixer::Vim(m) => m,
         }
     }
 
@@ -110,6 +115,11 @@ impl Mixer {
     /// The same kind with the usual sizes for another width of the model; a Mamba keeps what does not depend on it.
     pub fn resize(&mut self, old: usize, new: usize) {
         self.get_mut().resize(old, new);
+    }
+
+    /// Whether a token's result depends on no token after it.
+    pub fn is_causal(&self) -> bool {
+        !matches!(self, Mixer::Vim(_))
     }
 
     pub(crate) fn state(&self) -> Vec<(&'static str, usize)> {

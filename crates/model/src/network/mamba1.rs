@@ -22,9 +22,24 @@ impl Recorder<'_> {
     ) -> Result<TensorId, Error> {
         let xz = self.linear(u, &format!("{name}.mixer.in_proj"))?;
         let parts = split(&mut self.graph, xz, &[m.d_inner, m.d_inner])?;
-        let (x, z) = (parts[0], parts[1]);
+        let y = self.selective(name, m, Some((layer, widths)), parts[0], parts[1])?;
+        self.linear(y, &format!("{name}.mixer.out_proj"))
+    }
 
-        let (initial_state, state_dest) = self.state(layer, "conv", widths.width("conv"));
+    /// x, z `[tokens, d_inner]` → `[tokens, d_inner]`: x → conv + SiLU → S6 → ⊙ silu(z). With the layer's number and the widths
+    /// of its state, if it has one.
+    pub(super) fn selective(
+        &mut self,
+        name: &str,
+        m: &Mamba1Config,
+        state: Option<(usize, &LayerState)>,
+        x: TensorId,
+        z: TensorId,
+    ) -> Result<TensorId, Error> {
+        let part = |recorder: &mut Self, part| {
+            state.map_or((None, None), |(layer, widths)| recorder.state(layer, part, widths.width(part)))
+        };
+        let (initial_state, state_dest) = part(self, "conv");
         let conv = CausalConv1d {
             x,
             weight: self.param(&format!("{name}.mixer.conv1d.weight")),
@@ -47,7 +62,7 @@ impl Recorder<'_> {
         let dt_weight = self.param(&format!("{name}.mixer.dt_proj.weight"));
         let dt = hognose_core::ops::linear::linear(&mut self.graph, parts[0], dt_weight, None)?;
 
-        let (initial_state, state_dest) = self.state(layer, "ssm", widths.width("ssm"));
+        let (initial_state, state_dest) = part(self, "ssm");
         let scan = SelectiveScan {
             x,
             dt,
@@ -63,10 +78,12 @@ impl Recorder<'_> {
             // Every released checkpoint was trained with B̄ = ΔB, not with the ZOH of the paper.
             discretisation: Discretisation::Euler,
         };
-        self.observe(layer, &[("x", x), ("dt", dt), ("B", parts[1]), ("C", parts[2]), ("z", z)])?;
         let scan = selective_scan(&mut self.graph, scan)?;
-        self.observe(layer, &[("y", scan.y)])?;
+        if let Some((layer, _)) = state {
+            let seen = [("x", x), ("dt", dt), ("B", parts[1]), ("C", parts[2]), ("z", z), ("y", scan.y)];
+            self.observe(layer, &seen)?;
+        }
         self.store_state(scan.final_state, state_dest)?;
-        self.linear(scan.y, &format!("{name}.mixer.out_proj"))
+        Ok(scan.y)
     }
 }

@@ -10,6 +10,7 @@ mod mlp;
 mod rnn;
 mod s6;
 mod step;
+mod vim;
 
 pub use step::has_step;
 
@@ -247,6 +248,7 @@ impl<'a> Recorder<'a> {
                 Mixer::GatedConv(m) => self.gated_conv(i, &name, m, &widths, normed)?,
                 Mixer::Lstm(m) => self.rnn(i, &name, m, &widths, normed)?,
                 Mixer::Gru(m) => self.rnn(i, &name, m, &widths, normed)?,
+                Mixer::Vim(m) => self.vim(&name, m, normed)?,
             };
             x = self.drop(x)?;
             residual = Some(stream);
