@@ -194,14 +194,16 @@ impl Weights {
         let mut piece = Vec::new();
         for tensor in checkpoint.tensors() {
             let (rows, cols) = matrix_shape(&tensor.shape);
-            if let Dtype::Blocks(kind) = tensor.dtype
-                && weights.entries[&tensor.name].dtype.blocks() == Some(kind)
-            {
-                weights.set_blocks(device, &tensor.name, &checkpoint.bytes(&tensor.name)?);
-                continue;
-            }
             let step = (PIECE / cols.max(1)).max(1).next_multiple_of(Device::ROW_GROUP);
+            let blocks = matches!(tensor.dtype, Dtype::Blocks(kind)
+                if weights.entries[&tensor.name].dtype.blocks() == Some(kind));
             for first in (0..rows).step_by(step) {
+                if blocks {
+                    let numbers = first * cols..rows.min(first + step) * cols;
+                    let set = |blocks: &[u8]| weights.set_blocks(device, &tensor.name, first, blocks);
+                    checkpoint.with_bytes(&tensor.name, numbers, set)?;
+                    continue;
+                }
                 piece.resize(step.min(rows - first) * cols, 0.0);
                 checkpoint.read_f32_part(&tensor.name, first * cols, &mut piece)?;
                 weights.set_rows(device, &tensor.name, first, &piece)?;
@@ -210,16 +212,21 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Sets one parameter from the blocks that a file has it in, exactly.
-    fn set_blocks(&mut self, device: &Device, name: &str, blocks: &[u8]) {
+    /// Sets rows of a parameter, as [`Weights::set_rows`] does, from the blocks that a file has them in, exactly.
+    fn set_blocks(&mut self, device: &Device, name: &str, first: usize, blocks: &[u8]) {
         let entry = &self.entries[name];
-        self.hasher.update(name.as_bytes());
-        let stride = blocks.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
-        blocks.iter().step_by(stride).for_each(|&b| {
+        let (rows, cols) = matrix_shape(&entry.spec.shape);
+        let (place, row) = ((entry.dtype, entry.layout), entry.dtype.row_bytes(cols));
+        if first == 0 {
+            self.hasher.update(name.as_bytes());
+        }
+        let stride = (rows * row).div_ceil(FINGERPRINT_SAMPLES).max(1);
+        let skip = (first * row).next_multiple_of(stride) - first * row;
+        blocks.iter().skip(skip).step_by(stride).for_each(|&b| {
             self.hasher.update(&[b]);
         });
-        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
-        device.write_blocks(&mut self.buffer, entry.offset, place, shape, blocks);
+        let offset = entry.offset + device.matrix_bytes(entry.dtype, entry.layout, first, cols);
+        device.write_blocks(&mut self.buffer, offset, place, (blocks.len() / row.max(1), cols), blocks);
     }
 
     /// Starting values from a seed.
