@@ -25,6 +25,9 @@ pub enum Form {
     /// f32 and row-major, as the optimizer updates them. With bf16 there is a copy of them rounded to bf16, which
     /// matrix products read; activations are bf16 then.
     Training(DType),
+    /// f32 and row-major as well, but matrix products round both operands to bf16: training in bf16 on a CPU, where
+    /// products alone gain by it.
+    TrainingRounded,
     /// Matrices in this type and in the layout that the device's products read, A_log replaced by A = −exp(A_log); the
     /// rest in f32. Where blocks are asked for, see [`matrix_dtype`].
     Inference(DType, Layout),
@@ -34,6 +37,14 @@ pub enum Form {
 }
 
 impl Form {
+    /// The form for training on a device in f32 or bf16.
+    pub fn training(device: &Device, dtype: DType) -> Form {
+        match (device, dtype) {
+            (Device::Cpu(_), DType::BF16) => Form::TrainingRounded,
+            _ => Form::Training(dtype),
+        }
+    }
+
     /// The form for inference on a device.
     pub fn inference(device: &Device, dtype: DType) -> Form {
         Form::Inference(dtype, device.weight_layout())
@@ -68,7 +79,7 @@ impl Form {
             return (DType::F32, Layout::Rows);
         }
         let (dtype, layout) = match self {
-            Form::Training(_) => return (DType::F32, Layout::Rows),
+            Form::Training(_) | Form::TrainingRounded => return (DType::F32, Layout::Rows),
             Form::Inference(dtype, layout) => (matrix_dtype((*dtype, *layout), spec, config), *layout),
             Form::Stored(types, layout) => (types.get(&spec.name).copied().unwrap_or(DType::F32), *layout),
         };
@@ -90,13 +101,14 @@ impl Form {
         match self {
             Form::Training(dtype) | Form::Inference(dtype @ (DType::F32 | DType::BF16), Layout::Rows) => *dtype,
             Form::Inference(_, Layout::Rows) | Form::Stored(_, Layout::Rows) => DType::BF16,
+            Form::TrainingRounded => DType::F32,
             Form::Inference(_, Layout::Panels) | Form::Stored(_, Layout::Panels) => DType::F32,
         }
     }
 
     /// Whether A_log is replaced by A.
     pub fn is_for_inference(&self) -> bool {
-        !matches!(self, Form::Training(_))
+        !matches!(self, Form::Training(_) | Form::TrainingRounded)
     }
 
     /// Bytes of the rounded copy beside parameters of this size.
@@ -272,9 +284,9 @@ impl Weights {
     }
 
     /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form
-    /// must be [`Form::Training`].
+    /// must be one for training.
     pub fn with_tensors<R>(&mut self, read: impl FnOnce(&[(&str, &[f32])]) -> R) -> R {
-        debug_assert!(matches!(self.form, Form::Training(_)));
+        debug_assert!(!self.form.is_for_inference());
         let values = self.buffer.contents(0, self.buffer.bytes() / 4);
         let mut entries: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset / 4, name.as_str(), &e.spec)).collect();
         entries.sort_by_key(|e| e.0);
@@ -317,7 +329,7 @@ impl Weights {
         entries.into_iter()
     }
 
-    /// The memory as a whole: for [`Form::Training`] one flat f32 vector, padding between tensors being zero.
+    /// The memory as a whole: for training one flat f32 vector, padding between tensors being zero.
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
     }
