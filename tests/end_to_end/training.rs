@@ -255,10 +255,12 @@ fn products_in_bf16_train_nearly_the_same_and_repeat() {
     }
     let alone = rounded(1);
     let one = alone.run("one");
-    assert_eq!((metrics(&one), weights(&one)), (metrics(&run), weights(&run)), "threads change bits");
-    let cut = two.run_until("cut", 3);
+    assert_eq!(metrics(&one), metrics(&run), "threads change bits");
+    assert!(weights(&one) == weights(&run), "threads change bits");
+    let cut = two.run_until("cut", 5);
     succeeds(&["train", "--resume", &cut]);
-    assert_eq!((metrics(&cut), weights(&cut)), (metrics(&run), weights(&run)), "resumed");
+    assert_eq!(metrics(&cut), metrics(&run), "resumed");
+    assert!(weights(&cut) == weights(&run), "resumed");
 }
 
 #[test]

@@ -17,7 +17,7 @@ const ALIGNMENT: usize = 64;
 /// Values of a tensor that go into the fingerprint.
 const FINGERPRINT_SAMPLES: usize = 1024;
 /// Numbers of a tensor that are in memory as f32 at a time while it is loaded, about.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 18;
 
 /// How parameters lie in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
