@@ -45,13 +45,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     };
     let device = args.compute.device()?;
     let dtype = args.compute.dtype.map_or(DType::F32, DTypeArg::dtype);
-    let form = if args.mode == Mode::Train { Form::Training(dtype) } else { Form::inference(&device, dtype) };
+    let form = if args.mode == Mode::Train { Form::training(&device, dtype) } else { Form::inference(&device, dtype) };
     if let (Mode::Train, Some(dtype)) = (args.mode, args.compute.dtype) {
         dtype.check_trains()?;
-    }
-    if let (Form::Training(DType::BF16), Device::Cpu(_)) = (&form, &device) {
-        let message = "training in bf16 needs a GPU; use --dtype f32 on the CPU";
-        return Err(Usage(message.into()).into());
     }
     // What a GGUF file holds is what its user wants to know about.
     let as_stored = args.mode != Mode::Train && args.compute.dtype.is_none() && is_gguf(Path::new(name));

@@ -126,9 +126,9 @@ fn converting_loses_nothing() {
     }
 }
 
-/// Bounds on logits with matrices in blocks, everything else in f32. Rows of these models have 64 to 160 numbers, so q4_k
+/// Bounds on logits with matrices in blocks and activations of 8 bits in products, everything else in f32. Rows of these models have 64 to 160 numbers, so q4_k
 /// takes 8 bits, too.
-const Q8_LOGITS: f32 = 2e-2;
+const Q8_LOGITS: f32 = 5e-2;
 
 #[test]
 fn matrices_in_blocks_stay_near() {

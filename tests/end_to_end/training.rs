@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 
 use hognose::{Device, TrainConfig};
 use hognose_core::cuda::Cuda;
-use hognose_train::config::Recomputation;
+use hognose_train::config::{Dtype, Recomputation};
 use hognose_train::report::{Observer, Silent, StepReport};
 use hognose_train::trainer;
 
@@ -231,6 +231,36 @@ fn threads_and_recomputation_change_nothing() {
         assert_eq!(metrics(&run), metrics(&expected), "change {i}");
         assert_eq!(weights(&run), expected_weights, "change {i}");
     }
+}
+
+/// How far losses of the short runs in bf16 may be from those in f32, relatively: operands of products have 8 bits.
+const BF16_BOUND: f64 = 0.01;
+
+#[test]
+fn products_in_bf16_train_nearly_the_same_and_repeat() {
+    let full = Tiny::new(with_everything);
+    let rounded = |threads| {
+        Tiny::new(|config| {
+            with_everything(config);
+            config.dtype = Dtype::Bf16;
+            config.threads = Some(threads);
+        })
+    };
+    let two = rounded(2);
+    let run = two.run("two");
+    let (found, expected) = (losses(&run), losses(&full.run("f32")));
+    assert_ne!(found, expected, "nothing was rounded");
+    for (a, b) in found.iter().zip(&expected) {
+        assert!((a - b).abs() <= BF16_BOUND * b, "{found:?} is not near {expected:?}");
+    }
+    let alone = rounded(1);
+    let one = alone.run("one");
+    assert_eq!(metrics(&one), metrics(&run), "threads change bits");
+    assert!(weights(&one) == weights(&run), "threads change bits");
+    let cut = two.run_until("cut", 5);
+    succeeds(&["train", "--resume", &cut]);
+    assert_eq!(metrics(&cut), metrics(&run), "resumed");
+    assert!(weights(&cut) == weights(&run), "resumed");
 }
 
 #[test]

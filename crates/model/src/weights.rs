@@ -17,7 +17,7 @@ const ALIGNMENT: usize = 64;
 /// Values of a tensor that go into the fingerprint.
 const FINGERPRINT_SAMPLES: usize = 1024;
 /// Numbers of a tensor that are in memory as f32 at a time while it is loaded, about.
-const PIECE: usize = 1 << 20;
+const PIECE: usize = 1 << 18;
 
 /// How parameters lie in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,9 @@ pub enum Form {
     /// f32 and row-major, as the optimizer updates them. With bf16 there is a copy of them rounded to bf16, which
     /// matrix products read; activations are bf16 then.
     Training(DType),
+    /// f32 and row-major as well, but matrix products round both operands to bf16: training in bf16 on a CPU, where
+    /// products alone gain by it.
+    TrainingRounded,
     /// Matrices in this type and in the layout that the device's products read, A_log replaced by A = −exp(A_log); the
     /// rest in f32. Where blocks are asked for, see [`matrix_dtype`].
     Inference(DType, Layout),
@@ -34,6 +37,14 @@ pub enum Form {
 }
 
 impl Form {
+    /// The form for training on a device in f32 or bf16.
+    pub fn training(device: &Device, dtype: DType) -> Form {
+        match (device, dtype) {
+            (Device::Cpu(_), DType::BF16) => Form::TrainingRounded,
+            _ => Form::Training(dtype),
+        }
+    }
+
     /// The form for inference on a device.
     pub fn inference(device: &Device, dtype: DType) -> Form {
         Form::Inference(dtype, device.weight_layout())
@@ -68,7 +79,7 @@ impl Form {
             return (DType::F32, Layout::Rows);
         }
         let (dtype, layout) = match self {
-            Form::Training(_) => return (DType::F32, Layout::Rows),
+            Form::Training(_) | Form::TrainingRounded => return (DType::F32, Layout::Rows),
             Form::Inference(dtype, layout) => (matrix_dtype((*dtype, *layout), spec, config), *layout),
             Form::Stored(types, layout) => (types.get(&spec.name).copied().unwrap_or(DType::F32), *layout),
         };
@@ -90,13 +101,14 @@ impl Form {
         match self {
             Form::Training(dtype) | Form::Inference(dtype @ (DType::F32 | DType::BF16), Layout::Rows) => *dtype,
             Form::Inference(_, Layout::Rows) | Form::Stored(_, Layout::Rows) => DType::BF16,
+            Form::TrainingRounded => DType::F32,
             Form::Inference(_, Layout::Panels) | Form::Stored(_, Layout::Panels) => DType::F32,
         }
     }
 
     /// Whether A_log is replaced by A.
     pub fn is_for_inference(&self) -> bool {
-        !matches!(self, Form::Training(_))
+        !matches!(self, Form::Training(_) | Form::TrainingRounded)
     }
 
     /// Bytes of the rounded copy beside parameters of this size.
@@ -194,14 +206,16 @@ impl Weights {
         let mut piece = Vec::new();
         for tensor in checkpoint.tensors() {
             let (rows, cols) = matrix_shape(&tensor.shape);
-            if let Dtype::Blocks(kind) = tensor.dtype
-                && weights.entries[&tensor.name].dtype.blocks() == Some(kind)
-            {
-                weights.set_blocks(device, &tensor.name, &checkpoint.bytes(&tensor.name)?);
-                continue;
-            }
             let step = (PIECE / cols.max(1)).max(1).next_multiple_of(Device::ROW_GROUP);
+            let blocks = matches!(tensor.dtype, Dtype::Blocks(kind)
+                if weights.entries[&tensor.name].dtype.blocks() == Some(kind));
             for first in (0..rows).step_by(step) {
+                if blocks {
+                    let numbers = first * cols..rows.min(first + step) * cols;
+                    let set = |blocks: &[u8]| weights.set_blocks(device, &tensor.name, first, blocks);
+                    checkpoint.with_bytes(&tensor.name, numbers, set)?;
+                    continue;
+                }
                 piece.resize(step.min(rows - first) * cols, 0.0);
                 checkpoint.read_f32_part(&tensor.name, first * cols, &mut piece)?;
                 weights.set_rows(device, &tensor.name, first, &piece)?;
@@ -210,16 +224,21 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Sets one parameter from the blocks that a file has it in, exactly.
-    fn set_blocks(&mut self, device: &Device, name: &str, blocks: &[u8]) {
+    /// Sets rows of a parameter, as [`Weights::set_rows`] does, from the blocks that a file has them in, exactly.
+    fn set_blocks(&mut self, device: &Device, name: &str, first: usize, blocks: &[u8]) {
         let entry = &self.entries[name];
-        self.hasher.update(name.as_bytes());
-        let stride = blocks.len().div_ceil(FINGERPRINT_SAMPLES).max(1);
-        blocks.iter().step_by(stride).for_each(|&b| {
+        let (rows, cols) = matrix_shape(&entry.spec.shape);
+        let (place, row) = ((entry.dtype, entry.layout), entry.dtype.row_bytes(cols));
+        if first == 0 {
+            self.hasher.update(name.as_bytes());
+        }
+        let stride = (rows * row).div_ceil(FINGERPRINT_SAMPLES).max(1);
+        let skip = (first * row).next_multiple_of(stride) - first * row;
+        blocks.iter().skip(skip).step_by(stride).for_each(|&b| {
             self.hasher.update(&[b]);
         });
-        let (place, shape) = ((entry.dtype, entry.layout), matrix_shape(&entry.spec.shape));
-        device.write_blocks(&mut self.buffer, entry.offset, place, shape, blocks);
+        let offset = entry.offset + device.matrix_bytes(entry.dtype, entry.layout, first, cols);
+        device.write_blocks(&mut self.buffer, offset, place, (blocks.len() / row.max(1), cols), blocks);
     }
 
     /// Starting values from a seed.
@@ -265,9 +284,9 @@ impl Weights {
     }
 
     /// Calls `read` with every parameter's name and values in the order of memory: without a copy on a CPU. The form
-    /// must be [`Form::Training`].
+    /// must be one for training.
     pub fn with_tensors<R>(&mut self, read: impl FnOnce(&[(&str, &[f32])]) -> R) -> R {
-        debug_assert!(matches!(self.form, Form::Training(_)));
+        debug_assert!(!self.form.is_for_inference());
         let values = self.buffer.contents(0, self.buffer.bytes() / 4);
         let mut entries: Vec<_> = self.entries.iter().map(|(name, e)| (e.offset / 4, name.as_str(), &e.spec)).collect();
         entries.sort_by_key(|e| e.0);
@@ -310,7 +329,7 @@ impl Weights {
         entries.into_iter()
     }
 
-    /// The memory as a whole: for [`Form::Training`] one flat f32 vector, padding between tensors being zero.
+    /// The memory as a whole: for training one flat f32 vector, padding between tensors being zero.
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
     }

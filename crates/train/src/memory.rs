@@ -15,17 +15,18 @@ use crate::step::{GradientPlan, StepShape};
 const GPU_RESERVE: u64 = 512 << 20;
 
 /// How a run holds its parameters.
-pub(crate) fn form(config: &TrainConfig) -> Form {
-    Form::Training(match config.dtype {
+pub(crate) fn form(device: &Device, config: &TrainConfig) -> Form {
+    let dtype = match config.dtype {
         Dtype::F32 => DType::F32,
         Dtype::Bf16 => DType::BF16,
-    })
+    };
+    Form::training(device, dtype)
 }
 
 /// The shape of a micro-batch of `windows` windows in which each is a segment.
-pub(crate) fn shape(config: &TrainConfig, windows: usize) -> StepShape {
+pub(crate) fn shape(device: &Device, config: &TrainConfig, windows: usize) -> StepShape {
     StepShape {
-        form: form(config),
+        form: form(device, config),
         tokens: config.length * windows,
         segments: windows.next_multiple_of(SEGMENT_GRID),
         carry_state: config.carry_state,
@@ -66,10 +67,10 @@ impl Need {
     ) -> Result<Need, Error> {
         // The largest share of any rank.
         let windows = config.batch.div_ceil(devices);
-        let shape = shape(config, windows);
+        let shape = shape(device, config, windows);
         let weights = |form| Weights::required_bytes(device, model, &form) as u64;
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
-        let persistent = weights(form(config)) + 3 * weights(Form::Training(DType::F32));
+        let persistent = weights(form(device, config)) + 3 * weights(Form::Training(DType::F32));
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
         let state: usize = model.layers.iter().map(|l| 4 * LayerState::of(l).values()).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };

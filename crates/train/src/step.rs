@@ -339,7 +339,7 @@ pub struct UpdatePlan {
 }
 
 impl UpdatePlan {
-    /// Plans the update of these parameters, which must be in [`Form::Training`].
+    /// Plans the update of these parameters, which must be in a form for training.
     pub fn new(device: &Device, weights: &Weights) -> Result<UpdatePlan, Error> {
         let decayed: Vec<Range<usize>> = weights
             .entries()
@@ -473,7 +473,7 @@ pub struct Gradients {
 
 /// The loss of predicting each next token inside the segments of a pack, and its gradient for every parameter.
 ///
-/// The weights must be in [`Form::Training`].
+/// The weights must be in a form for training.
 pub fn gradients(
     device: &Device,
     config: &ModelConfig,

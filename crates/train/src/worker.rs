@@ -102,10 +102,7 @@ impl Worker {
                 "a batch of {batch} cannot be shared by {count} devices; choose a --batch of at least {count}"
             )));
         }
-        let form = memory::form(config);
-        if let (hognose_core::DType::BF16, Device::Cpu(_)) = (form.activations(), &device) {
-            return Err(Error::Unsupported("training in bf16 needs a GPU; use dtype f32 on the CPU".into()));
-        }
+        let form = memory::form(&device, config);
         let mode = if config.carry_state { Mode::CarryState } else { Mode::Packed };
         let shape = Shape { length: config.length, batch: config.batch };
         let mut loader = Loader::new(setup.training.clone(), shape, mode, config.seed)?;
@@ -175,7 +172,11 @@ impl Worker {
         let key = (segments.next_multiple_of(SEGMENT_GRID), i > 0, sum);
         if !self.plans.contains_key(&key) {
             let windows = self.rank.share(self.config.batch).len();
-            let shape = StepShape { segments: key.0, accumulate: key.1, ..memory::shape(&self.config, windows) };
+            let shape = StepShape {
+                segments: key.0,
+                accumulate: key.1,
+                ..memory::shape(&self.model.device, &self.config, windows)
+            };
             let member = self.rank.member.as_ref().filter(|_| sum);
             let plan = GradientPlan::in_group(&self.model.device, &self.model.config, shape, member)?;
             self.plans.insert(key, plan);

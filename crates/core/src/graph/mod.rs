@@ -204,12 +204,24 @@ pub struct Graph {
     /// Node ranges that may be recomputed as a whole: a model's layers.
     pub(crate) regions: Vec<Range<usize>>,
     open_region: Option<usize>,
+    rounds_products: bool,
 }
 
 impl Graph {
     /// A graph without ops.
     pub fn new() -> Graph {
         Graph::default()
+    }
+
+    /// Products with row-major f32 weights that are recorded from now on round both operands to bf16 on a CPU, here and
+    /// for their gradients; sums and results stay f32. GPUs, which take bf16 activations, do not look at it.
+    pub fn round_products(&mut self) {
+        self.rounds_products = true;
+    }
+
+    /// Whether [`Graph::round_products`] was called.
+    pub fn rounds_products(&self) -> bool {
+        self.rounds_products
     }
 
     /// What is known of a tensor.

@@ -3,7 +3,8 @@
 //! x `[T, K]`, W `[N, K]` (row-major, or packed into panels for inference; f32 or bf16, widened exactly, or blocks), bias
 //! `[1, N]`, y `[T, N]`; sums are f32 chains over k in order (bf16 at the level of AMX, and blocks, by which a rounded x is
 //! multiplied: see `cpu::gemm`), so a row of y has the same bits whatever other rows there are.
-//! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy.
+//! dx = dy · W, dW = dyᵀ · x, dbias = column sums of dy. After [`Graph::round_products`] a CPU rounds both operands of
+//! the three products to bf16.
 
 use half::bf16;
 
@@ -52,14 +53,15 @@ pub fn linear_to(
         g.expect_f32("linear", "the bias", bias, Some(1), Some(n))?;
     }
     let y = g.new_tensor(dtype, g.rows(x), n);
-    g.push(Linear, vec![Some(x), Some(weight), bias], vec![Some(y)]);
+    let rounded = g.rounds_products();
+    g.push(Linear { rounded }, vec![Some(x), Some(weight), bias], vec![Some(y)]);
     Ok(y)
 }
 
 /// dW = dyᵀ · x: gradients of parameters are f32, also where the parameter was rounded to bf16 for the product.
-pub(crate) fn weight_gradient(g: &mut Graph, dy: TensorId, x: TensorId) -> TensorId {
+pub(crate) fn weight_gradient(g: &mut Graph, dy: TensorId, x: TensorId, rounded: bool) -> TensorId {
     let dw = g.new_tensor(DType::F32, g.cols(dy), g.cols(x));
-    g.push(LinearDw, vec![Some(dy), Some(x)], vec![Some(dw)]);
+    g.push(LinearDw { rounded }, vec![Some(dy), Some(x)], vec![Some(dw)]);
     dw
 }
 
@@ -108,8 +110,11 @@ pub(crate) unsafe fn view_mut<'a>(m: Mat) -> MatMut<'a> {
     unsafe { MatMut::from_raw(m.ptr::<f32>(), m.rows, m.cols, m.stride) }
 }
 
+/// Each with `rounded` as [`Graph::round_products`] says.
 #[derive(Debug)]
-struct Linear;
+struct Linear {
+    rounded: bool,
+}
 
 impl Op for Linear {
     fn name(&self) -> &'static str {
@@ -138,11 +143,11 @@ impl Op for Linear {
                 return Err(Error::Unsupported { op: "linear", message });
             }
             let dx = g.new_tensor(g.dtype(x), g.rows(x), g.cols(x));
-            g.push(LinearDx, vec![Some(dy), Some(weight)], vec![Some(dx)]);
+            g.push(LinearDx { rounded: self.rounded }, vec![Some(dy), Some(weight)], vec![Some(dx)]);
             d_inputs[0] = Some(dx);
         }
         if wanted[1] {
-            d_inputs[1] = Some(weight_gradient(g, dy, x));
+            d_inputs[1] = Some(weight_gradient(g, dy, x, self.rounded));
         }
         if wanted[2] {
             d_inputs[2] = Some(elementwise::column_sums(g, dy)?);
@@ -187,7 +192,7 @@ impl Op for Linear {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
         unsafe {
             let start = io.optional_input(2).map_or(Start::Zero, |bias| Start::Bias(bias.row(0)));
-            gemm(cpu, view_mut(y), start, view(x), transposed(weight, cpu));
+            gemm(cpu, view_mut(y), start, view(x), transposed(weight, cpu).rounded_if(self.rounded));
         }
     }
 }
@@ -199,7 +204,9 @@ fn product_flops(g: &Graph, a: TensorId, n: usize) -> f64 {
 
 /// dx = dy · W, or with a third input that plus dy · W.
 #[derive(Debug)]
-struct LinearDx;
+struct LinearDx {
+    rounded: bool,
+}
 
 impl Op for LinearDx {
     fn name(&self) -> &'static str {
@@ -216,7 +223,10 @@ impl Op for LinearDx {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
-        unsafe { gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)), view(io.input(1))) }
+        unsafe {
+            let weight = Rhs::from(view(io.input(1))).rounded_if(self.rounded);
+            gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)), weight);
+        }
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
@@ -227,7 +237,9 @@ impl Op for LinearDx {
 
 /// dW = dyᵀ · x, or with a third input that plus dyᵀ · x: sums over tokens in order.
 #[derive(Debug)]
-struct LinearDw;
+struct LinearDw {
+    rounded: bool,
+}
 
 impl Op for LinearDw {
     fn name(&self) -> &'static str {
@@ -244,7 +256,10 @@ impl Op for LinearDw {
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
         // SAFETY: inputs do not change while the op runs, and nobody else touches its output.
-        unsafe { gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)).t(), view(io.input(1))) }
+        unsafe {
+            let x = Rhs::from(view(io.input(1))).rounded_if(self.rounded);
+            gemm(cpu, view_mut(io.output(0)), start(io, cpu), view(io.input(0)).t(), x);
+        }
     }
 
     fn run_cuda(&self, io: &Io<'_>, launcher: &mut Launcher<'_>) -> Result<(), Error> {
@@ -271,6 +286,7 @@ fn start(io: &Io<'_>, cpu: &Cpu) -> Start<'static> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
     use crate::ops::layout::split;
     use crate::ops::testing::{BF16_BOUNDS, Case, Value, check_op, check_op_bf16};
 
@@ -304,6 +320,28 @@ mod tests {
             let to_f32 = |g: &mut Graph, i: &[TensorId]| vec![linear_to(g, i[0], i[1], None, DType::F32).unwrap()];
             check_op_bf16(&inputs[..2], &["x", "w"], &[], to_f32, reference, BOUND);
         }
+    }
+
+    #[test]
+    fn products_that_round_to_bf16() {
+        let narrow = |v: Value| Value { dtype: DType::F32, ..v.to_bf16() };
+        let build = |g: &mut Graph, i: &[TensorId]| {
+            g.round_products();
+            vec![linear(g, i[0], i[1], None).unwrap()]
+        };
+        for (t, k, n) in [(1, 1, 1), (7, 33, 5), (40, 9, 70)] {
+            // Numbers that bf16 holds: nothing is lost, in the gradients' products neither.
+            let inputs = [("x", narrow(Value::random(t, k, 1))), ("w", narrow(Value::random(n, k, 2)))];
+            check_op(&inputs, &["x", "w"], build, reference, BOUND);
+        }
+        let inputs = [Value::random(7, 33, 1), Value::random(5, 33, 2)];
+        let mut case = Case::new();
+        let ids = ["x", "w"].iter().zip(&inputs).map(|(name, v)| case.input(name, v)).collect::<Vec<_>>();
+        let y = build(&mut case.graph, &ids)[0];
+        case.output("y", y);
+        let y = &case.run_on(Isa::Portable, 1)["y"];
+        assert!(reference(&inputs.clone().map(narrow))[0].error(y) <= BOUND.0);
+        assert!(reference(&inputs)[0].error(y) > 100.0 * BOUND.0, "nothing was rounded");
     }
 
     #[test]

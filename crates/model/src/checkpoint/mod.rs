@@ -30,6 +30,7 @@ use crate::config::{LayerConfig, ModelConfig};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tensor::{Stored, ValueError};
 
@@ -234,6 +235,30 @@ impl Checkpoint {
         stored.read_f32(first, out).map_err(|e| self.value_error(name, e))?;
         stored.forget(first..first + out.len());
         Ok(())
+    }
+
+    /// Calls `read` with a part of what [`Checkpoint::bytes`] gives: some numbers in row-major order, in types of blocks
+    /// whole blocks of them. Memory of the mapped file that only this part needed is given back.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_f32_part`].
+    pub fn with_bytes<R>(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        read: impl FnOnce(&[u8]) -> R,
+    ) -> Result<R, CheckpointError> {
+        let stored = self.stored(name)?;
+        if range.end > stored.numel() {
+            let (expected, found) = (stored.numel(), range.end);
+            return Err(CheckpointError::Length { name: name.into(), found, expected });
+        }
+        let first = range.start;
+        let bytes = stored.part(range.clone()).map_err(|e| self.value_error(name, e))?;
+        tensor::check_finite(stored.dtype, &bytes).map_err(|e| self.value_error(name, e.after(first)))?;
+        let result = read(&bytes);
+        stored.forget(range);
+        Ok(result)
     }
 
     /// As [`Checkpoint::bytes`], in the type that [`Dtype::plain`] says: blocks are decoded to f32.

@@ -104,12 +104,13 @@ impl Mapped {
         &self.map
     }
 
-    /// Takes whole pages inside of a range out of memory; whoever reads them again gets them from the file again.
+    /// Takes the pages of a range out of memory; whoever reads them again, or what else is in the first and the last of
+    /// them, gets them from the file again.
     pub(super) fn forget(&self, range: Range<usize>) {
         #[cfg(unix)]
         {
             const PAGE: usize = 1 << 16; // A multiple of the pages of all machines.
-            let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            let (start, end) = (range.start / PAGE * PAGE, range.end.next_multiple_of(PAGE).min(self.map.len()));
             if start < end {
                 // SAFETY: nobody writes this map, so its pages hold what the file holds, now and when they come back.
                 // That it may fail does not matter: it only saves memory.
@@ -171,7 +172,7 @@ impl Stored {
     }
 
     /// As [`Stored::bytes`], of some numbers in row-major order.
-    fn part(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, ValueError> {
+    pub(super) fn part(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, ValueError> {
         let file = self.file.bytes();
         if let Some(c) = &self.checked {
             let good = c.good.get_or_init(|| {
@@ -256,7 +257,7 @@ const DECODED_AT_ONCE: usize = 1024;
 
 impl ValueError {
     /// The same error, where `before` numbers stand before those that were looked at.
-    fn after(self, before: usize) -> ValueError {
+    pub(super) fn after(self, before: usize) -> ValueError {
         match self {
             ValueError::NonFinite { index, value } => ValueError::NonFinite { index: index + before, value },
             ValueError::NotNegative { index, value } => ValueError::NotNegative { index: index + before, value },

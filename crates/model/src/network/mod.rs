@@ -100,6 +100,9 @@ impl<'a> Recorder<'a> {
     /// Starts a graph. `form` says how the parameters lie in memory.
     pub fn new(config: &'a ModelConfig, form: &Form, tokens: usize, segments: usize, states: States) -> Recorder<'a> {
         let mut graph = Graph::new();
+        if *form == Form::TrainingRounded {
+            graph.round_products();
+        }
         let offsets = graph.external(SEGMENTS, DType::I32, 1, segments + 1);
         let specs = config.parameters().into_iter().map(|p| (p.name.clone(), p)).collect();
         Recorder {
@@ -168,7 +171,9 @@ impl<'a> Recorder<'a> {
     fn transition(&mut self, layer: &str) -> Result<TensorId, Error> {
         let a_log = self.param(&format!("{layer}.mixer.A_log"));
         match &self.form {
-            Form::Training(_) => hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log),
+            Form::Training(_) | Form::TrainingRounded => {
+                hognose_core::ops::elementwise::neg_exp(&mut self.graph, a_log)
+            }
             Form::Inference(..) | Form::Stored(..) => Ok(a_log),
         }
     }

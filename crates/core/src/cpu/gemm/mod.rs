@@ -51,6 +51,14 @@ pub enum Rhs<'a> {
 }
 
 impl Rhs<'_> {
+    /// With `rounded`, a view as [`Rhs::Rounded`]; packed matrices are what they are.
+    pub(crate) fn rounded_if(self, rounded: bool) -> Self {
+        match self {
+            Rhs::Strided(b) if rounded => Rhs::Rounded(b),
+            other => other,
+        }
+    }
+
     fn shape(&self) -> (usize, usize) {
         match self {
             Rhs::Strided(b) | Rhs::Rounded(b) => (b.rows(), b.cols()),

@@ -465,13 +465,11 @@ impl Block<'_> {
     /// # Safety
     /// The block's parts of A, B and C exist, and nobody else touches C's.
     unsafe fn multiply(self, isa: Isa) {
-        // SAFETY: the caller's promises; the level is one of this machine's.
-        unsafe {
-            match isa {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Amx if isa.is_available() => self.by(&super::super::amx::Tiles::configure()),
-                _ => isa.run(self),
-            }
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller's promises; the level is one of this machine's.
+            Isa::Amx if isa.is_available() => unsafe { self.by(&super::super::amx::Tiles::configure()) },
+            _ => isa.run(self),
         }
     }
 

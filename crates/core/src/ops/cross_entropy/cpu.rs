@@ -1,7 +1,7 @@
 //! Cross-entropy on the CPU: blocks of tokens that predict something; products on all threads, softmax row by row.
 
 use crate::cpu::Cpu;
-use crate::cpu::gemm::{Start, gemm};
+use crate::cpu::gemm::{Rhs, Start, gemm};
 use crate::cpu::isa::Kernel;
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
@@ -51,7 +51,7 @@ impl Workspace {
     }
 }
 
-pub(super) fn run(block: usize, io: &Io<'_>, cpu: &Cpu) {
+pub(super) fn run(block: usize, rounded: bool, io: &Io<'_>, cpu: &Cpu) {
     let (h, weight) = (io.input(0), io.input(1));
     // SAFETY: the builder checked that the targets are one row of i32 and the scale is one f32; inputs do not change.
     let (targets, scale) = unsafe { (io.input(2).row::<i32>(0), io.input(3).row::<f32>(0)[0]) };
@@ -103,7 +103,10 @@ pub(super) fn run(block: usize, io: &Io<'_>, cpu: &Cpu) {
         }
         let logits = logits.rows(0, count);
         // SAFETY: the weight does not change; no task runs on the logits now.
-        unsafe { gemm(cpu, view_mut(logits), Start::Zero, view(hidden), transposed(weight, cpu)) };
+        unsafe {
+            let weight = transposed(weight, cpu).rounded_if(rounded);
+            gemm(cpu, view_mut(logits), Start::Zero, view(hidden), weight);
+        }
         cpu.pool.chunks_mut(losses, 1, |i, loss| {
             // SAFETY: task i alone touches row i.
             let logits = unsafe { logits.row_mut(i) };
@@ -118,13 +121,19 @@ pub(super) fn run(block: usize, io: &Io<'_>, cpu: &Cpu) {
         }
         if let Some(dw) = dw {
             // SAFETY: dW is an output that nobody else touches; the others do not change now.
-            unsafe { gemm(cpu, view_mut(dw), dw_start, view(logits).t(), view(hidden)) };
+            unsafe {
+                let hidden = Rhs::from(view(hidden)).rounded_if(rounded);
+                gemm(cpu, view_mut(dw), dw_start, view(logits).t(), hidden);
+            }
             dw_start = Start::C;
         }
         if let Some(dh) = dh {
             let to = if neighbours { dh.rows(tokens[0], count) } else { gathered.rows(0, count) };
             // SAFETY: dh is an output and the gathered rows are scratch: nobody else touches them.
-            unsafe { gemm(cpu, view_mut(to), Start::Zero, view(logits), view(weight)) };
+            unsafe {
+                let weight = Rhs::from(view(weight)).rounded_if(rounded);
+                gemm(cpu, view_mut(to), Start::Zero, view(logits), weight);
+            }
             if !neighbours {
                 copy_rows(cpu, count, |i| (gathered, i), |i| (dh, tokens[i]));
             }

@@ -5,6 +5,8 @@
 //! dlogits[t, v] = scale · (softmax(logits[t])[v] − [v = target[t]]);   dh = dlogits · W;   dW = dlogitsᵀ · h
 //! ```
 //!
+//! After [`Graph::round_products`] a CPU rounds the operands of all three products to bf16.
+//!
 //! h [T, d] f32, or bf16 on a GPU; W [V, d], of h's type by rows, or packed (f32 or bf16) where no gradient is asked for; targets [1, T] i32, −1
 //! for tokens that predict nothing; scale [1, 1] f32, one over the number of predicted tokens of the whole batch. All V
 //! rows take part in the softmax, those that only pad the vocabulary too. A target outside of −1..V makes the token's
@@ -102,7 +104,8 @@ pub fn cross_entropy_in_blocks(g: &mut Graph, inputs: CrossEntropy, block: usize
     let dh = with_gradient.then(|| g.new_tensor(h_dtype, tokens, d));
     let dw = with_gradient.then(|| g.new_tensor(DType::F32, vocabulary, d));
     let operands = [h, weight, targets, scale].map(Some).to_vec();
-    g.push(Fused { block }, operands, vec![Some(loss), Some(nll), dh, dw]);
+    let rounded = g.rounds_products();
+    g.push(Fused { block, rounded }, operands, vec![Some(loss), Some(nll), dh, dw]);
     Ok(Outputs { loss, nll })
 }
 
@@ -110,6 +113,8 @@ pub fn cross_entropy_in_blocks(g: &mut Graph, inputs: CrossEntropy, block: usize
 #[derive(Debug)]
 struct Fused {
     block: usize,
+    /// As [`Graph::round_products`] says.
+    rounded: bool,
 }
 
 impl Op for Fused {
@@ -160,7 +165,7 @@ impl Op for Fused {
     }
 
     fn run_cpu(&self, io: &Io<'_>, cpu: &Cpu) {
-        cpu::run(self.block, io, cpu);
+        cpu::run(self.block, self.rounded, io, cpu);
     }
 
     fn workspace_cuda(&self, g: &Graph, node: &Node, _: &Properties) -> usize {

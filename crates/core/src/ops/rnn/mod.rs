@@ -180,7 +180,7 @@ impl Op for Forward {
         let da = da.unwrap_or(dx);
         gradients[X] = wanted[X].then_some(dx);
         if wanted[WEIGHT] {
-            gradients[WEIGHT] = Some(linear::weight_gradient(g, da, before));
+            gradients[WEIGHT] = Some(linear::weight_gradient(g, da, before, false));
         }
         if wanted[BIAS] && node.inputs[BIAS].is_some() {
             gradients[BIAS] = Some(elementwise::column_sums(g, da)?);
