@@ -184,6 +184,9 @@ pub fn describe(path: &Path) -> Option<Vec<(String, String)>> {
     Some(lines)
 }
 
+/// What the matrices of a pool are aligned to, in numbers: 64 bytes, as kernels may assume of externals.
+const ALIGNMENT: usize = 16;
+
 /// The states of `slots` sequences on a device: per layer and part a matrix `[slots, width]`.
 #[derive(Debug)]
 pub struct StatePool {
@@ -196,8 +199,8 @@ impl StatePool {
     /// A pool of zero states.
     pub fn new(device: &Device, config: &ModelConfig, slots: usize) -> Result<StatePool, Error> {
         let layers: Vec<LayerState> = config.layers.iter().map(LayerState::of).collect();
-        let width: usize = layers.iter().map(LayerState::values).sum();
-        Ok(StatePool { layers, slots, buffer: device.alloc(width * slots * 4)? })
+        let numbers: usize = layers.iter().flat_map(LayerState::parts).map(|(_, width)| matrix(width, slots)).sum();
+        Ok(StatePool { layers, slots, buffer: device.alloc(numbers * 4)? })
     }
 
     /// Number of sequences.
@@ -239,20 +242,22 @@ impl StatePool {
 
     /// Copies slot `from` over slot `to_slot` of another pool of the same model.
     pub fn copy(&self, from: usize, to: &StatePool, to_slot: usize) {
-        self.each_part(|base, width, start| {
+        let (mut base, mut to_base) = (0, 0);
+        for (_, width) in self.layers.iter().flat_map(LayerState::parts) {
             let from = self.buffer.at(4 * (base + from * width));
-            to.buffer.copy_from(4 * (start * to.slots + to_slot * width), from, 4 * width);
-        });
+            to.buffer.copy_from(4 * (to_base + to_slot * width), from, 4 * width);
+            base += matrix(width, self.slots);
+            to_base += matrix(width, to.slots);
+        }
     }
 
     /// Calls `f(first number of the part's matrix, width, first number inside a [`State`])` for every part.
     fn each_part(&self, mut f: impl FnMut(usize, usize, usize)) {
-        let mut start = 0;
-        for layer in &self.layers {
-            for (_, width) in layer.parts() {
-                f(start * self.slots, width, start);
-                start += width;
-            }
+        let (mut base, mut start) = (0, 0);
+        for (_, width) in self.layers.iter().flat_map(LayerState::parts) {
+            f(base, width, start);
+            base += matrix(width, self.slots);
+            start += width;
         }
     }
 
@@ -268,15 +273,20 @@ impl StatePool {
 
     /// The memory of the state external `name`, if it is one of `end` (see [`state_name`]).
     pub fn slice(&self, name: &str, end: bool) -> Option<Slice<'_>> {
-        let mut start = 0;
+        let mut base = 0;
         for (i, layer) in self.layers.iter().enumerate() {
             for (part, width) in layer.parts() {
                 if state_name(i, part, end) == name {
-                    return Some(self.buffer.at(4 * start * self.slots));
+                    return Some(self.buffer.at(4 * base));
                 }
-                start += width;
+                base += matrix(width, self.slots);
             }
         }
         None
     }
+}
+
+/// Numbers that the matrix of a part takes, so that the next one is aligned.
+fn matrix(width: usize, slots: usize) -> usize {
+    (width * slots).next_multiple_of(ALIGNMENT)
 }

@@ -24,9 +24,9 @@ pub(crate) fn form(device: &Device, config: &TrainConfig) -> Form {
 }
 
 /// The shape of a micro-batch of `windows` windows in which each is a segment.
-pub(crate) fn shape(device: &Device, config: &TrainConfig, windows: usize) -> StepShape {
+pub(crate) fn shape(form: Form, config: &TrainConfig, windows: usize) -> StepShape {
     StepShape {
-        form: form(device, config),
+        form,
         tokens: config.length * windows,
         segments: windows.next_multiple_of(SEGMENT_GRID),
         carry_state: config.carry_state,
@@ -60,6 +60,7 @@ impl Need {
 
     fn of(
         device: &Device,
+        form: Form,
         plan: &dyn Fn(Graph) -> Result<Plan, hognose_core::Error>,
         model: &ModelConfig,
         config: &TrainConfig,
@@ -67,10 +68,10 @@ impl Need {
     ) -> Result<Need, Error> {
         // The largest share of any rank.
         let windows = config.batch.div_ceil(devices);
-        let shape = shape(device, config, windows);
-        let weights = |form| Weights::required_bytes(device, model, &form) as u64;
+        let weights = |form: &Form| Weights::required_bytes(device, model, form) as u64;
         let reserve = if matches!(device, Device::Cuda(_)) { GPU_RESERVE } else { 0 };
-        let persistent = weights(form(device, config)) + 3 * weights(Form::Training(DType::F32));
+        let persistent = weights(&form) + 3 * weights(&Form::Training(DType::F32));
+        let shape = shape(form, config, windows);
         let plan = plan(GradientPlan::graph(model, &shape)?)?;
         let state: usize = model.layers.iter().map(|l| 4 * LayerState::of(l).values()).sum();
         let states = if config.carry_state { config.batch + 2 * shape.segments } else { 0 };
@@ -119,7 +120,7 @@ fn check_with(
                       device with more memory";
         return Err(too_much(parameters, advice.into()));
     }
-    let need = Need::of(device, plan, model, config, devices)?;
+    let need = Need::of(device, form(device, config), plan, model, config, devices)?;
     if need.total() <= available {
         return Ok(need);
     }
@@ -133,7 +134,7 @@ fn check_with(
     }
     let mut found = Vec::new();
     for (what, other) in dials(config, devices, matches!(device, Device::Cuda(_))) {
-        let total = Need::of(device, plan, model, &other, devices)?.total();
+        let total = Need::of(device, form(device, &other), plan, model, &other, devices)?.total();
         let fits = if total <= available { ", which fits" } else { "" };
         found.push((total, format!("{} with {what}{fits}", human_bytes(total))));
     }
@@ -257,7 +258,12 @@ mod tests {
         let plan = |graph| Plan::for_gpu(graph, &gpu);
         let device = Device::cpu(Some(1)).unwrap();
         let model = presets::preset("mamba-130m").unwrap();
-        let need = |config: &TrainConfig| Need::of(&device, &plan, &model, config, 1).unwrap();
+        // As a GPU holds them.
+        let form = |config: &TrainConfig| match config.dtype {
+            Dtype::F32 => Form::Training(DType::F32),
+            Dtype::Bf16 => Form::Training(DType::BF16),
+        };
+        let need = |config: &TrainConfig| Need::of(&device, form(config), &plan, &model, config, 1).unwrap();
         let f32 = TrainConfig { length: 2048, batch: 2, ..TrainConfig::default() };
         let bf16 = TrainConfig { dtype: Dtype::Bf16, ..f32.clone() };
         assert!(need(&bf16).arena < need(&f32).arena);

@@ -175,7 +175,7 @@ impl Worker {
             let shape = StepShape {
                 segments: key.0,
                 accumulate: key.1,
-                ..memory::shape(&self.model.device, &self.config, windows)
+                ..memory::shape(memory::form(&self.model.device, &self.config), &self.config, windows)
             };
             let member = self.rank.member.as_ref().filter(|_| sum);
             let plan = GradientPlan::in_group(&self.model.device, &self.model.config, shape, member)?;
